@@ -1,0 +1,752 @@
+"""EDLM: energy-based diffusion language models. The whole method, in reading order.
+
+    Xu, Geffner, Kreis, Nie, Xu, Leskovec, Ermon, Vahdat, ICLR 2025, arXiv:2410.21357 ("the paper"), on top of
+    masked diffusion (MDLM, arXiv:2406.07524) and residual energies for text (Deng et al., arXiv:2004.11714).
+
+    python train.py      trains the three networks below on a toy language, in minutes
+    python sample.py     shows plain diffusion beside EDLM
+
+A masked-diffusion *denoiser* fills every masked position at once, each independently of the others, and so
+breaks agreement between words it reveals together. A *residual energy* reads whole candidate sequences and
+corrects the factorised proposal:
+
+    (1)  forward     each token is masked with probability 1 - alpha_t, alpha_1 = 0, alpha_0 = 1
+    (2)  reverse     from t to s < t a masked token is revealed with probability
+                     (alpha_s - alpha_t) / (1 - alpha_t); a revealed token never changes (carry-over)
+    (3)  NELBO       sum over n = 1..M of (1/n) E_{|S| = n} [ sum_{i in S} -log mu_i(x0_i | x_S) ]
+    (4)  EDLM        p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t)
+    (5)  AR energy   E = -log p_AR(x0) + log mu(x0 | x_t)
+    (6)  NCE loss    softplus(E(x0, x_t)) + softplus(-E(x0', x_t)),  x0 data, x0' ~ mu(. | x_t)
+    (7)  sampling    draw k candidates from mu, keep one with probability softmax(-E)         (Algorithm 1)
+    (8)  partition   E[T_n] <= log Z <~ E[(2n - 1) T_n - 2 (n - 1) T_{n-1}]                    (Theorem 1)
+
+Symbols and shapes, the same everywhere:
+
+    B batch, L block length, M = L - 1 positions that can be masked, K candidates, V vocabulary,
+    N positions selected by a mask, d width
+    x0      Long[B, L]     clean tokens, 0..V-1; x0[:, 0] is BOS: given, never masked, never scored
+    mask_id = V            an input only, never an output
+    x_t     Long[B, L]     x0 with some tokens replaced by mask_id
+    where   Bool[B, L]     which positions are asked for; [N] rows follow its row-major order
+    logits  Float[N, V]    denoiser(x_t, where); anything callable so is a denoiser
+    log_q   Float[B, K]    log-probability of a candidate's masked tokens under the denoiser, nats
+    energy  Float[B, K]    energy(candidates Long[B, K, L], x_t, log_q); low means real
+    t       time           1 all masked, 0 all clean; step j of T goes from t = 1 - j/T to s = 1 - (j+1)/T
+
+Why BOS: rotary attention sees only differences of positions, so a sequence of nothing but masks looks the
+same from everywhere. One known token at the start gives it a sense of place. The AR model conditions on the
+same token, so all models are scored on the same M tokens.
+"""
+
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. The transformer
+# ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Shape of a network; `mask_id` is the token id after the last real one."""
+
+    vocab_size: int  # V, real tokens only
+    block_size: int  # L, the longest sequence
+    n_layer: int
+    n_head: int
+    n_embd: int  # d
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd {self.n_embd} must be a multiple of 2 * n_head = {2 * self.n_head}: "
+                "rotary positions pair the two halves of each head"
+            )
+
+    @property
+    def mask_id(self) -> int:
+        return self.vocab_size
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: turns each pair (first half, second half) of a head by its position's angle.
+
+    x: Float[B, heads, L, D]; cos, sin: Float[L, D / 2].
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Block(nn.Module):
+    """One pre-norm block: h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, config: Config, causal: bool):
+        super().__init__()
+        d = config.n_embd
+        self.n_head, self.causal, self.dropout = config.n_head, causal, config.dropout
+        self.norm1 = nn.LayerNorm(d)
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.attn_out = nn.Linear(d, d, bias=False)
+        self.norm2 = nn.LayerNorm(d)
+        self.mlp_in = nn.Linear(d, 4 * d)
+        self.mlp_out = nn.Linear(4 * d, d)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, past: tuple | None = None) -> tuple[Tensor, tuple]:
+        """Float[B, L, d] -> the same, and this block's (keys, values), Float[B, heads, past + L, D] each."""
+        B, L, d = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                            # [B, heads, L, D]
+        later = None
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+            later = torch.ones(L, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - L)
+        a = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=later, is_causal=self.causal and past is None
+        )
+        a = self.attn_out(a.transpose(1, 2).reshape(B, L, d))                      # [B, L, d]
+        h = h + F.dropout(a, self.dropout, self.training)
+        m = self.mlp_out(F.gelu(self.mlp_in(self.norm2(h)), approximate="tanh"))
+        return h + F.dropout(m, self.dropout, self.training), (k, v)
+
+
+class Transformer(nn.Module):
+    """The one network behind all three models; only `causal` and what is put on top differ.
+
+    It takes no time input. Given *which* tokens are visible, the noise level says nothing more about the
+    masked ones: the posterior of absorbing-state diffusion, and so the optimal denoiser, is the same at
+    every t (RADD, arXiv:2406.03736). That is also what lets sequences at different times share a forward.
+    """
+
+    def __init__(self, config: Config, causal: bool):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)            # the last row is the mask
+        self.blocks = nn.ModuleList(Block(config, causal) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        half = config.n_embd // config.n_head // 2
+        angle = torch.outer(torch.arange(config.block_size), 10000 ** -(torch.arange(half) / half))
+        self.register_buffer("cos", angle.cos(), persistent=False)                 # [L, D / 2]
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.apply(self._init)
+        for block in self.blocks:  # the residual stream is a sum of 2 n_layer branches: keep its variance
+            for out in (block.attn_out, block.mlp_out):
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, h: Tensor, cache: list | None = None) -> Tensor:
+        """Embeddings Float[B, L, d] -> hidden states Float[B, L, d].
+
+        cache: a list that is empty at first and afterwards holds each block's keys and values; the next
+        call with it continues behind them (causal models only).
+        """
+        start = cache[0][0].shape[2] if cache else 0
+        if start + h.shape[1] > len(self.cos):
+            raise ValueError(f"{start + h.shape[1]} tokens do not fit into the block of {len(self.cos)}")
+        cos, sin = self.cos[start : start + h.shape[1]], self.sin[start : start + h.shape[1]]
+        for i, block in enumerate(self.blocks):
+            h, keys_values = block(h, cos, sin, cache[i] if start else None)
+            if cache is not None:
+                cache[i : i + 1] = [keys_values]
+        return self.norm(h)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. Masking: the forward process
+# ---------------------------------------------------------------------------------------------------------
+
+
+def alpha(t: Tensor, schedule: str = "linear") -> Tensor:
+    """alpha_t, the probability that a token is still visible at time t (Float, any shape).
+
+    linear: 1 - t, the paper's log-linear noise. cosine: 1 - cos(pi/2 (1 - t)), which reveals few tokens
+    while little is known and more later (MD4, MaskGIT). Raises ValueError for another name.
+    """
+    if schedule == "linear":
+        return 1 - t
+    if schedule == "cosine":
+        return 1 - torch.cos(math.pi / 2 * (1 - t))
+    raise ValueError(f"unknown schedule {schedule!r}: choose linear or cosine")
+
+
+def mask_tokens(x0: Tensor, n: Tensor, *, mask_id: int, generator: torch.Generator | None = None) -> Tensor:
+    """Masks n random positions of each row, never position 0: x0 Long[B, L], n Long[B] -> x_t Long[B, L].
+
+    Given how many tokens are masked, equation (1) makes every set of that size equally likely.
+    """
+    B, L = x0.shape
+    order = torch.rand(B, L - 1, device=x0.device, generator=generator).argsort(dim=1)
+    masked = torch.zeros_like(x0, dtype=torch.bool)
+    masked[:, 1:] = order.argsort(dim=1) < n[:, None]                              # rank of a position < n
+    return x0.masked_fill(masked, mask_id)
+
+
+def mask_counts(B: int, M: int, *, steps: int | None = None, device=None) -> Tensor:
+    """How many of M positions to mask: n Long[B], each row drawn from p(n), n = 1..M, by itself unbiased.
+
+    Equation (3) weighs a set of n masked tokens by 1/n and sums n losses over it, so n is uniform. A chain
+    of `steps` steps of the linear schedule weighs it as `step_weights` says. The rows share one random
+    offset and split [0, 1) evenly (stratified sampling): less variance in the batch mean, at no cost.
+    """
+    u = (torch.rand(1, device=device) + torch.arange(B, device=device) / B) % 1    # [B]
+    if steps is None:
+        return (u * M).long().clamp(max=M - 1) + 1
+    edges = step_weights(M, steps).sum(dim=0).cumsum(dim=0)                        # [M]
+    return torch.searchsorted(edges.to(u), u, right=True).clamp(max=M - 1) + 1
+
+
+def step_weights(M: int, steps: int) -> Tensor:
+    """Share of the loss that step j of a T-step linear chain charges to sets of n masked tokens.
+
+    Float64[T, M], entry [j, n - 1] = (n / M) r_j Binomial(n; M, 1 - alpha_t), with r_j the probability of
+    equation (2), 1 / (T - j) here. Every token is revealed exactly once, so the entries sum to 1. As T
+    grows the column sums tend to 1 / M: the uniform n of the continuous-time NELBO.
+    """
+    t = 1 - torch.arange(steps, dtype=torch.float64)[:, None] / steps              # [T, 1]
+    n = torch.arange(1, M + 1, dtype=torch.float64)                                # [M]
+    log_choose = math.lgamma(M + 1) - torch.lgamma(n + 1) - torch.lgamma(M - n + 1)
+    log_binomial = log_choose + torch.xlogy(n, t) + torch.xlogy(M - n, 1 - t)      # [T, M]
+    return log_binomial.exp() * n / M / (steps * t)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. The denoiser and its NELBO
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    """mu(x0 | x_t): one categorical over the V real tokens for each asked-for position.
+
+    The two constraints of MDLM hold by construction: the mask is no output, and revealed tokens are copied
+    because nobody asks for them.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, causal=False)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        self.head.apply(Transformer._init)
+
+    def forward(self, x_t: Tensor, where: Tensor) -> Tensor:
+        """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V]; only those N rows are projected."""
+        hidden = self.transformer(self.transformer.embed(x_t))                     # [B, L, d]
+        return self.head(hidden[where])                                            # [N, V]
+
+
+def token_log_prob(logits: Tensor, x0: Tensor, where: Tensor) -> Tensor:
+    """log mu_i(x0_i | x_t) in nats: logits Float[N, V], x0 Long[B, L] -> Float[B, L], 0 where not asked."""
+    log_mu = -F.cross_entropy(logits.float(), x0[where], reduction="none")         # [N]
+    return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, log_mu)
+
+
+def nelbo(denoiser, x0: Tensor, *, mask_id: int) -> Tensor:
+    """The continuous-time NELBO of masked diffusion, equation (3): Float[B], nats per sequence.
+
+    One random mask per row: n uniform, then a random set of n positions; the row's value M / n * sum of
+    cross-entropies is an unbiased draw. The time integral is already done, so no 1/t weight is left to
+    blow up the variance. Differentiable: this is also the training loss.
+    """
+    M = x0.shape[1] - 1
+    n = mask_counts(len(x0), M, device=x0.device)
+    x_t = mask_tokens(x0, n, mask_id=mask_id)
+    where = x_t == mask_id
+    return -token_log_prob(denoiser(x_t, where), x0, where).sum(dim=1) * M / n     # [B]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. The autoregressive model
+# ---------------------------------------------------------------------------------------------------------
+
+PROJECTION_ELEMENTS = 2**25  # logits held at once by log_prob: 128 MiB of float32
+
+
+class AutoregressiveLM(nn.Module):
+    """p_AR(x) = prod_i p(x_i | x_<i), with the same transformer, causal. The baseline, and energy (5)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, causal=True)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+        self.head.apply(Transformer._init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same as `log_prob`: what a training wrapper calls."""
+        return self.log_prob(x)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x_i | x_<i), nats, float32: x Long[B, L] -> Float[B, L], 0 at position 0 (BOS is given)."""
+        B, L = x.shape
+        hidden = self.transformer(self.transformer.embed(x[:, :-1]))               # token i is read off i - 1
+        log_p = self._project(hidden.flatten(0, 1), x[:, 1:].flatten())            # [B (L - 1)]
+        return F.pad(log_p.view(B, L - 1), (1, 0))
+
+    def candidate_log_prob(self, candidates: Tensor, where: Tensor) -> Tensor:
+        """The sum over `where` of log p(x_i | x_<i), for K candidates of each row at the least cost.
+
+        candidates Long[B, K, L] that share x[:, 0]; where Bool[B, L], False at position 0 -> Float[B, K],
+        nats. What all candidates agree on at the start is read and scored once per row (its keys and values
+        are handed to the K), and nothing is read behind the last asked-for token.
+        """
+        B, K, L = candidates.shape
+        last = int((where.any(dim=0) * torch.arange(L, device=where.device)).max().clamp(min=1))
+        same = (candidates == candidates[:, :1]).all(dim=1).all(dim=0)             # [L]
+        shared = min(int(same.long().cumprod(dim=0).sum()), last)                  # at least BOS
+
+        def score(hidden, tokens, where):  # [..., T, d], [..., T], [..., T] -> [...]
+            log_p = self._project(hidden[where], tokens[where])
+            return torch.zeros(where.shape, device=where.device).masked_scatter(where, log_p).sum(dim=-1)
+
+        cache = []
+        prefix = self.transformer(self.transformer.embed(candidates[:, 0, :shared]), cache)
+        once = score(prefix[:, :-1], candidates[:, 0, 1:shared], where[:, 1:shared])        # [B]
+        hidden = prefix[:, None, -1:].expand(B, K, 1, -1)                          # reads token `shared`
+        if shared < last:
+            cache = [(k.repeat_interleave(K, dim=0), v.repeat_interleave(K, dim=0)) for k, v in cache]
+            rest = self.transformer(self.transformer.embed(candidates[:, :, shared:last].flatten(0, 1)), cache)
+            hidden = torch.cat((hidden, rest.unflatten(0, (B, K))), dim=2)         # [B, K, last + 1 - shared, d]
+        asked = where[:, None, shared : last + 1].expand(B, K, -1)
+        return once[:, None] + score(hidden, candidates[:, :, shared : last + 1], asked)
+
+    def _project(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """log p(target) from hidden Float[N, d]: Float[N], with never more than a chunk of logits held.
+
+        In training each chunk's logits are computed again in the backward pass instead of being kept.
+        """
+
+        def chunk(h, y):
+            return -F.cross_entropy(self.head(h).float(), y, reduction="none")
+
+        rows = max(1, PROJECTION_ELEMENTS // self.config.vocab_size)
+        pairs = list(zip(hidden.split(rows), target.split(rows), strict=True))
+        if torch.is_grad_enabled() and len(pairs) > 1:
+            return torch.cat([checkpoint(chunk, h, y, use_reentrant=False) for h, y in pairs])
+        return torch.cat([chunk(h, y) for h, y in pairs])
+
+    @torch.no_grad()
+    def sample(self, x: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
+        """Continues x Long[B, P] (BOS and any prompt) to Long[B, length], one exact draw at a time.
+
+        Keys and values of what was read are kept, so each new token costs one position. Raises ValueError
+        if `length` is more than the block.
+        """
+        if length > self.config.block_size:
+            raise ValueError(f"length {length} is more than the block of {self.config.block_size}")
+        cache, new = [], x
+        while x.shape[1] < length:
+            hidden = self.transformer(self.transformer.embed(new), cache)          # [B, 1 or P, d]
+            new, _ = categorical(self.head(hidden[:, -1]), 1, generator)           # [B, 1]
+            x = torch.cat((x, new), dim=1)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 5. Residual energies
+# ---------------------------------------------------------------------------------------------------------
+
+
+class ARResidual:
+    """EDLM-AR, equation (5): the autoregressive model judges, the denoiser's own opinion is taken out.
+
+    carry_over=True is EDLM-coAR: only masked tokens are scored by the AR model. Then
+    mu(x0 | x_t) exp(-E) = prod over masked i of p_AR(x0_i | x0_<i), which sums to exactly 1 over the
+    candidates: Z = 1. With False, Z is the AR probability of the tokens already revealed.
+    """
+
+    def __init__(self, ar: AutoregressiveLM, carry_over: bool = False):
+        self.ar, self.carry_over = ar, carry_over
+
+    def __call__(self, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
+        """candidates Long[B, K, L], x_t Long[B, L], log_q Float[B, K] -> energy Float[B, K], nats."""
+        where = x_t == self.ar.config.mask_id
+        if not self.carry_over:
+            where = torch.ones_like(where).index_fill(1, where.new_zeros(1, dtype=torch.long), False)
+        return log_q - self.ar.candidate_log_prob(candidates, where)
+
+
+class NCEResidual(nn.Module):
+    """EDLM-NCE: a bidirectional transformer reads x0 and x_t together and answers with one number.
+
+    The two embeddings of a position are joined by a linear layer from 2d to d. It is written as its two
+    halves, so that x_t is embedded once for all candidates. Hidden states are averaged over positions.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, causal=False)
+        self.join_x0 = nn.Linear(config.n_embd, config.n_embd)
+        self.join_xt = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.mlp_in = nn.Linear(config.n_embd, config.n_embd)
+        self.mlp_out = nn.Linear(config.n_embd, 1, bias=False)
+
+    @classmethod
+    def from_denoiser(cls, denoiser: Denoiser) -> "NCEResidual":
+        """A new energy that starts from the denoiser's transformer, reading x0 at first, and says 0."""
+        energy = cls(denoiser.config)
+        energy.transformer.load_state_dict(denoiser.transformer.state_dict())
+        nn.init.eye_(energy.join_x0.weight)
+        nn.init.zeros_(energy.join_x0.bias)
+        nn.init.zeros_(energy.mlp_out.weight)
+        return energy
+
+    def forward(self, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
+        """candidates Long[B, K, L], x_t Long[B, L] -> energy Float[B, K]; log_q is not needed."""
+        embed = self.transformer.embed
+        h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]    # [B, K, L, d]
+        h = self.transformer(h.flatten(0, 1)).mean(dim=1)                          # [B K, d]
+        return self.mlp_out(F.relu(self.mlp_in(h))).view(log_q.shape).float()      # [B, K]
+
+
+def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
+    """Noise-contrastive estimation, equation (6): a scalar, mean over the batch.
+
+    Real or not? The positive is x0 with its own x_t, the negative one draw of the frozen denoiser for the
+    same x_t. The optimum is E = log mu(x0 | x_t) - log q(x0 | x_t), so that (4) is the true posterior.
+    Raises ValueError if the denoiser is in training mode: its dropout would draw negatives from another
+    model than the one that proposes when sampling.
+    """
+    if getattr(denoiser, "training", False):
+        raise ValueError("the denoiser must be frozen: call denoiser.eval() before nce_loss")
+    x_t = mask_tokens(x0, mask_counts(len(x0), x0.shape[1] - 1, device=x0.device), mask_id=mask_id)
+    where = x_t == mask_id
+    with torch.no_grad():
+        logits = denoiser(x_t, where)
+        negatives, log_q = propose(logits, x_t, where, 1)
+        log_q0 = token_log_prob(logits, x0, where).sum(dim=1, keepdim=True)
+    pair = torch.cat((x0[:, None], negatives), dim=1)                              # [B, 2, L]
+    e_real, e_fake = energy(pair, x_t, torch.cat((log_q0, log_q), dim=1)).unbind(dim=1)
+    return (F.softplus(e_real) + F.softplus(-e_fake)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 6. Decoding by importance sampling (Algorithm 1)
+# ---------------------------------------------------------------------------------------------------------
+
+MAX_TOKENS = 2**16  # tokens that go through the energy in one call
+CDF_ELEMENTS = 2**21  # cumulative sums held at once: 16 MiB of float64
+
+
+def exact_device(like: Tensor) -> torch.device:
+    """Where float64 exists: exact sampling needs it, and Apple's GPU does not have it."""
+    return torch.device("cpu") if like.device.type == "mps" else like.device
+
+
+def categorical(logits: Tensor, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """k independent exact draws from each row of logits Float[N, V]: tokens Long[N, k], log-probs [N, k].
+
+    The inverse of one float64 cumulative sum per row serves all k draws. The usual argmax of logits plus
+    Gumbel noise needs k V random numbers and, in float32, can never draw the rarest tokens: its noise ends
+    near 16.6, a silent drop in temperature (Zheng et al., arXiv:2409.02908).
+    """
+    N, V = logits.shape
+    tokens = torch.empty(N, k, dtype=torch.long, device=logits.device)
+    log_prob = torch.empty(N, k, device=logits.device)
+    device = exact_device(logits)
+    u = torch.rand(N, k, dtype=torch.float64, device=device, generator=generator)
+    rows = max(1, CDF_ELEMENTS // V)
+    for i in range(0, N, rows):
+        p = logits[i : i + rows].to(device, torch.float64).softmax(dim=1)
+        cdf = p.cumsum(dim=1)                                                      # [rows, V]
+        drawn = torch.searchsorted(cdf, u[i : i + rows] * cdf[:, -1:], right=True).clamp(max=V - 1)
+        tokens[i : i + rows] = drawn.to(tokens.device)
+        log_prob[i : i + rows] = p.gather(1, drawn).log().to(log_prob)
+    return tokens, log_prob
+
+
+def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]:
+    """k completions of x_t at `where`, tokens independent of each other: Long[B, k, L], log_q Float[B, k]."""
+    tokens, log_prob = categorical(logits, k, generator)                           # [N, k]
+    candidates = x_t[:, None].repeat(1, k, 1)                                      # [B, k, L]
+    candidates.transpose(1, 2)[where] = tokens
+    row = where.nonzero()[:, 0]                                                    # [N]
+    log_q = torch.zeros(len(x_t), k, device=x_t.device).index_add(0, row, log_prob)
+    return candidates, log_q
+
+
+def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:
+    """log_q Float[B, K] of given candidates Long[B, K, L] under logits Float[N, V] at `where` Bool[B, L]."""
+    log_mu = logits.float().log_softmax(dim=1).gather(1, candidates.transpose(1, 2)[where])       # [N, K]
+    row = where.nonzero()[:, 0]
+    return torch.zeros(candidates.shape[:2], device=logits.device).index_add(0, row, log_mu)
+
+
+def importance_weights(energy: Tensor) -> Tensor:
+    """softmax(-E) over candidates, equation (7): energy Float[B, K] -> weights Float[B, K]."""
+    return (-energy.float()).softmax(dim=1)
+
+
+def in_chunks(energy, candidates: Tensor, x_t: Tensor, log_q: Tensor, max_tokens: int) -> Tensor:
+    """energy(candidates, x_t, log_q), Float[B, K], with at most max_tokens tokens (or one sequence) a call."""
+    B, K, L = candidates.shape
+    b = min(B, max(1, max_tokens // L))
+    k = min(K, max(1, max_tokens // (b * L)))
+    rows = [slice(i, i + b) for i in range(0, B, b)]
+    cols = [slice(j, j + k) for j in range(0, K, k)]
+    return torch.cat(
+        [torch.cat([energy(candidates[r, c], x_t[r], log_q[r, c]) for c in cols], dim=1) for r in rows]
+    )
+
+
+def reveal_clock(masked: Tensor, steps: int, schedule: str = "linear", generator=None) -> Tensor:
+    """The step in which each masked position will be revealed: masked Bool[B, L] -> Long[B, L].
+
+    When a token is revealed (equation 2) does not depend on what any token says, so the whole timetable
+    can be drawn before the first forward pass: since alpha_1 = 0, P(step <= j) is alpha at the end of step
+    j. Steps in which a row has nothing to reveal then cost it nothing. `steps` where nothing is masked.
+    """
+    device = exact_device(masked)
+    s = 1 - torch.arange(1, steps + 1, dtype=torch.float64, device=device) / steps
+    u = torch.rand(masked.shape, dtype=torch.float64, device=device, generator=generator)
+    step = torch.searchsorted(alpha(s, schedule), u, right=True)
+    return step.to(masked.device).masked_fill(~masked, steps)
+
+
+@dataclass
+class SampleState:
+    """What `sample_states` yields: every row's sequence, its own time and what it has cost so far."""
+
+    x: Tensor  # Long[B, L]
+    t: Tensor  # Float[B], the time each row has reached: 1 at the start, 0 only once all is revealed
+    ess: Tensor  # Float[B], effective sample size 1 / sum w^2 of this event's weights, nan where none were
+    denoiser_forwards: Tensor  # Long[B], sequences through the denoiser so far
+    energy_forwards: Tensor  # Long[B], candidates through the energy so far
+    projected: Tensor  # Long[B], rows through the denoiser's vocabulary projection so far
+
+
+@torch.no_grad()
+def sample_states(
+    denoiser,
+    x: Tensor,
+    *,
+    mask_id: int,
+    steps: int,
+    energy=None,
+    k: int = 1,
+    window: float = 1.0,
+    schedule: str = "linear",
+    generator: torch.Generator | None = None,
+    max_tokens: int = MAX_TOKENS,
+):
+    """`sample`, as a generator of SampleState: the start, then one state after each shared forward pass."""
+    if steps < 1 or k < 1 or not 0 <= window <= 1:
+        raise ValueError(f"needs steps >= 1, k >= 1, 0 <= window <= 1: got {steps}, {k}, {window}")
+    clock = reveal_clock(x == mask_id, steps, schedule, generator)                 # [B, L]
+    nothing = torch.full((len(x),), float("nan"), device=x.device)
+    count = torch.zeros_like(x[:, 0])
+    state = SampleState(x, torch.ones_like(nothing), nothing, count, count, count)
+    yield state
+    while (clock < steps).any():
+        step = clock.min(dim=1).values                                             # each row's next event
+        rows = (step < steps).nonzero()[:, 0]                                      # finished rows have left
+        x_t, due = state.x[rows], clock[rows] == step[rows, None]
+        judged = (step[rows] < window * steps) & (energy is not None and k > 1)
+        where = due | (judged[:, None] & (x_t == mask_id))
+        candidates, log_q = propose(denoiser(x_t, where), x_t, where, k, generator)
+        chosen, ess = candidates[:, 0].clone(), nothing.clone()                    # [rows, L], [B]
+        if judged.any():
+            few = candidates[judged]
+            weights = importance_weights(in_chunks(energy, few, x_t[judged], log_q[judged], max_tokens))
+            pick, _ = categorical(weights.log(), 1, generator)
+            chosen[judged] = few[torch.arange(len(few), device=x.device), pick[:, 0]]
+            ess[rows[judged]] = 1 / weights.square().sum(dim=1)
+        state = SampleState(
+            x=state.x.index_copy(0, rows, torch.where(due, chosen, x_t)),
+            t=state.t.index_copy(0, rows, 1 - (step[rows] + 1) / steps),
+            ess=ess,
+            denoiser_forwards=state.denoiser_forwards.index_add(0, rows, torch.ones_like(rows)),
+            energy_forwards=state.energy_forwards.index_add(0, rows, k * judged.long()),
+            projected=state.projected.index_add(0, rows, where.sum(dim=1)),
+        )
+        clock[rows] = clock[rows].masked_fill(due, steps)
+        yield state
+
+
+def sample(denoiser, x: Tensor, **settings) -> Tensor:
+    """Draws from EDLM (Algorithm 1): x Long[B, L] with mask_id wherever a token is wanted -> Long[B, L].
+
+    All masks after BOS is unconditional sampling, tokens first a prompt, tokens anywhere infilling; given
+    tokens never change. settings, keyword only: mask_id, steps (T), energy=None, k=1, window=1.0,
+    schedule="linear", generator=None, max_tokens.
+
+        plain diffusion (MDLM)     k = 1, or no energy, or window = 0
+        EDLM                       energy, k > 1: candidates are judged in the steps with t > 1 - window
+
+    At most min(steps, masked tokens) forward passes a sequence, however large `steps` is. The law is that
+    of the T-step chain for any batch size; only floating-point rounding stands between. Raises ValueError
+    for steps < 1, k < 1, window outside [0, 1] or an unknown schedule.
+    """
+    for state in sample_states(denoiser, x, **settings):
+        pass
+    return state.x
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 7. What perplexity means
+# ---------------------------------------------------------------------------------------------------------
+# The NELBO (3) charges a token -log p_i for being revealed on its own. With an energy, p(x0 | x_t) is not a
+# product, and two different numbers can be meant:
+#   joint   replace the sum over S by -log p(x0_S | x_S). The paper's formula and its published tables. Not a
+#           bound on what the sampler does: it charges the joint cost times the reveal probability, though a
+#           step that reveals U costs -log of the *marginal* p_U. The two agree only for a product.
+#   chain   charge each step the marginal it really used. A bound on the sampler's negative log-likelihood.
+
+
+def log_mean_exp(a: Tensor) -> Tensor:
+    """T_n = log mean_j exp(a_j) over the last dimension."""
+    return a.logsumexp(dim=-1) - math.log(a.shape[-1])
+
+
+def bounds_from_energies(energy: Tensor) -> tuple[Tensor, Tensor]:
+    """Theorem 1 (8) from energies Float[B, n] of n draws of the denoiser: (lower, upper), Float[B] each.
+
+    lower = T_n, with E[T_n] <= log Z by Jensen. upper = (2n - 1) T_n - 2 (n - 1) T_{n-1}, with T_{n-1}
+    averaged over the n ways to leave one draw out; its mean is above log Z for n large enough.
+    """
+    B, n = energy.shape
+    if n < 2:
+        raise ValueError(f"the bounds on log Z leave one of n draws out: n is {n}, must be at least 2")
+    log_w = -energy.double() if energy.device.type != "mps" else -energy
+    T_n = log_mean_exp(log_w)
+    others = log_w[:, None].expand(B, n, n)[:, ~torch.eye(n, dtype=torch.bool, device=energy.device)]
+    T_less = log_mean_exp(others.view(B, n, n - 1)).mean(dim=1)
+    return T_n, (2 * n - 1) * T_n - 2 * (n - 1) * T_less
+
+
+@torch.no_grad()
+def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int) -> tuple[Tensor, Tensor]:
+    """Estimates log Z(x_t) of equation (4) from both sides: x_t Long[B, L] -> (lower, upper), Float[B], nats.
+
+    See `bounds_from_energies`, of which n denoiser draws per row are the input. Raises ValueError for n < 2.
+    """
+    where = x_t == mask_id
+    candidates, log_q = propose(denoiser(x_t, where), x_t, where, n)
+    return bounds_from_energies(in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS))
+
+
+@torch.no_grad()
+def joint_nelbo(
+    denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: int | None = None, log_partition="upper"
+) -> Tensor:
+    """The paper's perplexity estimator: (3) with log p(x0 | x_t) = log mu - E - log Z. Float[B], nats.
+
+    One unbiased draw per row of the formula for a chain of `steps` steps (None: continuous time).
+    log_partition: "upper" or "lower" end of (8) from n draws, or "exact" where Z = 1 (EDLM-coAR; n unused).
+    Not a bound on the sampler's likelihood: see the head of this section.
+    """
+    if log_partition not in ("upper", "lower", "exact"):
+        raise ValueError(f"log_partition must be upper, lower or exact, not {log_partition!r}")
+    M = x0.shape[1] - 1
+    count = mask_counts(len(x0), M, steps=steps, device=x0.device)
+    x_t = mask_tokens(x0, count, mask_id=mask_id)
+    where = x_t == mask_id
+    logits = denoiser(x_t, where)
+    log_mu = token_log_prob(logits, x0, where).sum(dim=1)                          # [B]
+    log_p = log_mu - energy(x0[:, None], x_t, log_mu[:, None])[:, 0]
+    if log_partition != "exact":
+        candidates, log_q = propose(logits, x_t, where, n)
+        lower, upper = bounds_from_energies(in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS))
+        log_p = log_p - (lower if log_partition == "lower" else upper)
+    return -log_p * M / count
+
+
+@torch.no_grad()
+def chain_nelbo(denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: int | None = None) -> Tensor:
+    """A valid bound on the negative log-likelihood of the T-step chain: Float[B], nats per sequence.
+
+    A step that reveals U of the masked S costs -log p_U = -log mu_U - log E_rest[exp(-E(x0_U, rest))]
+    + log Z, both expectations over the denoiser's draws (n each, the same ones; T_n for the first and the
+    upper end of (8) for the second, so that the estimate errs upward). Weighing a step by |U|, as the sum
+    over tokens does, makes U one uniform member of S plus every other with the step's reveal probability;
+    for steps=None that probability is 0: one token at a time, any-order autoregression by the EBM.
+    The factorised part is averaged over all of S, so a zero energy gives `nelbo` for the same masks.
+    """
+    B, L = x0.shape
+    M = L - 1
+    count = mask_counts(B, M, steps=steps, device=x0.device)
+    x_t = mask_tokens(x0, count, mask_id=mask_id)
+    where = x_t == mask_id
+    logits = denoiser(x_t, where)
+    log_mu = token_log_prob(logits, x0, where)                                     # [B, L]
+    candidates, log_q = propose(logits, x_t, where, n)                             # [B, n, L]
+    _, log_z = bounds_from_energies(in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS))
+
+    u = torch.rand(B, L, device=x0.device).masked_fill(~where, 2.0)
+    revealed = F.one_hot(u.argmin(dim=1), L).bool()                                # one uniform member of S
+    if steps is not None:
+        step = torch.multinomial(step_weights(M, steps).T[count.cpu() - 1], 1).to(x0.device)  # [B, 1]
+        revealed |= where & (torch.rand(B, L, device=x0.device) < 1 / (steps - step))
+    # x0 on U, the proposal's draw on the rest, and the proposal's probability of both
+    clamped = torch.where(revealed[:, None], x0[:, None], candidates)
+    log_q = candidate_log_q(logits, clamped, where)
+    log_rest = log_mean_exp(-in_chunks(energy, clamped, x_t, log_q, MAX_TOKENS).to(log_z))
+    return -log_mu.sum(dim=1) * M / count + (log_z - log_rest) * M / revealed.sum(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8. Checkpoints
+# ---------------------------------------------------------------------------------------------------------
+
+KINDS = {"denoiser": Denoiser, "ar": AutoregressiveLM, "energy": NCEResidual}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights: how an energy remembers the denoiser that it corrects."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(path, model: nn.Module, *, tokenizer: str, **extra) -> None:
+    """Writes weights, config, tokenizer name and `extra` (training state: tensors and plain values).
+
+    The file appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
+    Raises OSError if it cannot be written; an older file at `path` is then still there.
+    """
+    kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
+    content = dict(
+        kind=kind, config=asdict(model.config), tokenizer=tokenizer, weights=model.state_dict(), **extra
+    )
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"could not write {path}: {error}") from error
+
+
+def load_checkpoint(path, device="cpu") -> tuple[nn.Module, dict]:
+    """Reads a checkpoint: (the model in evaluation mode on `device`, everything else that was saved).
+
+    Raises FileNotFoundError if there is none and ValueError if it is damaged or something else.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint {path}: run python train.py first")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        model = KINDS[content["kind"]](Config(**content["config"]))
+        model.load_state_dict(content.pop("weights"))
+    except Exception as error:  # torch raises many kinds for a cut or foreign file
+        reason = str(error).split("\n")[0][:120]
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+    return model.to(device).eval(), content
