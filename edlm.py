@@ -198,10 +198,10 @@ def mask_counts(B: int, M: int, *, steps: int | None = None, device=None) -> Ten
     """How many of M positions to mask: n Long[B], each row drawn from p(n), n = 1..M, by itself unbiased.
 
     Equation (3) weighs a set of n masked tokens by 1/n and sums n losses over it, so n is uniform. A chain
-    of `steps` steps of the linear schedule weighs it as `step_weights` says. The rows share one random
-    offset and split [0, 1) evenly (stratified sampling): less variance in the batch mean, at no cost.
+    of `steps` steps of the linear schedule weighs it as `step_weights` says. The rows, in random order, take
+    evenly spaced points of one random offset (stratified sampling): less variance in the batch mean.
     """
-    u = (torch.rand(1, device=device) + torch.arange(B, device=device) / B) % 1    # [B]
+    u = (torch.rand(1, device=device) + torch.randperm(B, device=device) / B) % 1  # [B]
     if steps is None:
         return (u * M).long().clamp(max=M - 1) + 1
     edges = step_weights(M, steps).sum(dim=0).cumsum(dim=0)                        # [M]
@@ -317,8 +317,9 @@ class AutoregressiveLM(nn.Module):
         hidden = prefix[:, None, -1:].expand(B, K, 1, -1)                          # reads token `shared`
         if shared < last:
             cache = [(k.repeat_interleave(K, dim=0), v.repeat_interleave(K, dim=0)) for k, v in cache]
-            rest = self.transformer(self.transformer.embed(candidates[:, :, shared:last].flatten(0, 1)), cache)
-            hidden = torch.cat((hidden, rest.unflatten(0, (B, K))), dim=2)         # [B, K, last + 1 - shared, d]
+            rest = self.transformer.embed(candidates[:, :, shared:last].flatten(0, 1))
+            rest = self.transformer(rest, cache).unflatten(0, (B, K))              # [B, K, last - shared, d]
+            hidden = torch.cat((hidden, rest), dim=2)
         asked = where[:, None, shared : last + 1].expand(B, K, -1)
         return once[:, None] + score(hidden, candidates[:, :, shared : last + 1], asked)
 
@@ -491,7 +492,7 @@ def importance_weights(energy: Tensor) -> Tensor:
 
 
 def in_chunks(energy, candidates: Tensor, x_t: Tensor, log_q: Tensor, max_tokens: int) -> Tensor:
-    """energy(candidates, x_t, log_q), Float[B, K], with at most max_tokens tokens (or one sequence) a call."""
+    """energy(candidates, x_t, log_q), Float[B, K], at most max_tokens tokens (or one sequence) a call."""
     B, K, L = candidates.shape
     b = min(B, max(1, max_tokens // L))
     k = min(K, max(1, max_tokens // (b * L)))
@@ -750,3 +751,35 @@ def load_checkpoint(path, device="cpu") -> tuple[nn.Module, dict]:
         reason = str(error).split("\n")[0][:120]
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
     return model.to(device).eval(), content
+
+
+# energy: (the checkpoint it needs beside the denoiser's, its name in the paper)
+ENERGIES = {"ar": ("ar", "EDLM-AR"), "coar": ("ar", "EDLM-coAR"), "nce": ("energy", "EDLM-NCE")}
+
+
+def load_models(folder, stages, device="cpu") -> tuple[dict, str]:
+    """The checkpoints <folder>/<stage>.pt of a run: ({stage: model}, tokenizer name).
+
+    Raises what `load_checkpoint` raises, and ValueError if they do not belong together: another tokenizer,
+    vocabulary or block, or an energy that was trained against another denoiser.
+    """
+    models, first = {}, None
+    for stage in stages:
+        path = os.path.join(folder, f"{stage}.pt")
+        models[stage], content = load_checkpoint(path, device)
+        config = models[stage].config
+        facts = (content["tokenizer"], config.vocab_size, config.block_size)
+        first = first or facts
+        if facts != first:
+            raise ValueError(f"{path} has (tokenizer, vocabulary, block) {facts}, {stages[0]}.pt {first}: "
+                             "train both on the same data")  # fmt: skip
+        if stage == "energy" and "denoiser" in models and content["denoiser"] != fingerprint(models["denoiser"]):
+            raise ValueError(f"{path} belongs to another denoiser: train it anew with --stage energy --overwrite")
+    return models, first[0]
+
+
+def make_energy(name: str, models: dict):
+    """The energy called `name` in ENERGIES, out of what `load_models` returned."""
+    if name == "nce":
+        return models["energy"]
+    return ARResidual(models["ar"], carry_over=name == "coar")

@@ -1,0 +1,719 @@
+"""Trains the three networks of EDLM, resumes, evaluates perplexity, and measures its own speed.
+
+    python train.py                                       the toy language: data, three stages, a table
+    python train.py --resume                              goes on where a stopped run left off
+    python train.py --preset owt --stage denoiser         the paper's settings on OpenWebText shards
+    python train.py --eval                                every estimator of perplexity, side by side
+    torchrun --standalone --nproc_per_node=8 train.py --preset owt        the same run on eight GPUs
+
+Stages: `denoiser` (masked diffusion), `ar` (the autoregressive model) and `energy` (noise-contrastive
+estimation against the finished denoiser). Each writes out/<name>/<stage>.pt and rows of out/<name>/log.jsonl.
+
+A run is a function of its settings: the data order and every random number of micro-batch m of step s are
+derived from (seed, s, m). So a resumed run repeats an uninterrupted one exactly, and W processes do the same
+arithmetic as one process that accumulates W micro-batches.
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import textwrap
+import time
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import edlm
+
+PRESETS = {
+    # Minutes on two CPU cores. A block is one story: [EOT] + 19 words + [EOT].
+    "toy": dict(
+        data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64, dropout=0.0, optimizer="muon",
+        lr=0.005, weight_decay=0.0, warmup_steps=30, lr_schedule="cosine", grad_clip=1.0, ema=0.99,
+        batch_size=128, denoiser_steps=600, ar_steps=400, energy_steps=600, eval_every=200, save_every=200,
+    ),
+    # The paper's settings; width 768 because the paper's 784 does not divide into 12 heads.
+    "text8": dict(
+        data="data/text8", block_size=256, n_layer=12, n_head=12, n_embd=768, dropout=0.05, optimizer="adamw",
+        lr=3e-4, weight_decay=0.0, warmup_steps=2000, lr_schedule="cosine", grad_clip=1.0, ema=0.9999,
+        batch_size=512, denoiser_steps=1_000_000, ar_steps=1_000_000, energy_steps=10_000,
+        eval_every=5000, save_every=2500,
+    ),
+    "owt": dict(
+        data="data/openwebtext", block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.1,
+        optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=2500, lr_schedule="constant",
+        grad_clip=1.0, ema=0.9999, batch_size=512, denoiser_steps=1_000_000, ar_steps=1_000_000,
+        energy_steps=400_000, eval_every=5000, save_every=2500,
+    ),
+}  # fmt: skip
+STAGES = ("denoiser", "ar", "energy")
+CORPORA = tuple(data.DETOKENIZERS)  # named here because a field of Settings is called data
+
+
+def option(help: str, default=MISSING, choices=None):
+    return field(default=default, metadata=dict(help=help, choices=choices))
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Every value of a run, and so every flag. Those without a default here come from the preset."""
+
+    data: str = option("folder of token shards; with --eval also a .txt or .jsonl file")
+    block_size: int = option("tokens in a block, L")
+    n_layer: int = option("transformer blocks")
+    n_head: int = option("attention heads")
+    n_embd: int = option("width")
+    dropout: float = option("dropout while training")
+    optimizer: str = option("muon (for the blocks' matrices, AdamW for the rest) or adamw", choices=("muon", "adamw"))
+    lr: float = option("peak learning rate")
+    weight_decay: float = option("weight decay of matrices")
+    warmup_steps: int = option("steps over which the learning rate rises")
+    lr_schedule: str = option("constant, or cosine to zero, after the warm-up", choices=("constant", "cosine"))
+    grad_clip: float = option("largest gradient norm")
+    ema: float = option("decay of the weight average that is evaluated and sampled from")
+    batch_size: int = option("sequences per step, over all processes and micro-batches")
+    denoiser_steps: int = option("steps of the denoiser stage")
+    ar_steps: int = option("steps of the ar stage")
+    energy_steps: int = option("steps of the energy stage")
+    eval_every: int = option("steps between evaluations on the validation shards")
+    save_every: int = option("steps between checkpoints")
+
+    stage: str = option("what to train", "all", choices=(*STAGES, "all"))
+    out: str = option("folder of the run (default: out/ + the name of the data folder)", "")
+    seed: int = option("seed of weights, data order and masks", 0)
+    max_steps: int = option("steps of each stage, instead of the preset's", 0)
+    micro_batch: int = option("sequences per forward pass (default: the batch over the processes)", 0)
+    eval_blocks: int = option("validation blocks to evaluate on, at most", 1000)
+    log_every: int = option("steps between rows of log.jsonl", 10)
+    resume: bool = option("continue the stages in --out that were stopped", False)
+    overwrite: bool = option("train anew over what --out holds", False)
+    device: str = option("cuda, mps or cpu (default: the first that is there)", "")
+    compile: bool = option("torch.compile the transformer (always on CUDA)", False)
+
+    eval: bool = option("evaluate the checkpoints in --out instead of training", False)
+    energy: str = option("--eval: one energy only", "", choices=("none", *edlm.ENERGIES))
+    n: int = option("--eval: draws for log Z and for the marginals", 16)
+    chain_steps: int = option("--eval: steps T of the chain (default: one token at a time)", 0)
+    detokenize: str = option("--eval FILE: undo a corpus' own tokenisation", "", choices=CORPORA)
+    json: str = option("--eval, --bench: also write the figures to this file", "")
+    bench: bool = option("measure training speed against a plain step, on random weights", False)
+
+    def __post_init__(self):
+        positive = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "eval_every", "save_every",
+                    "log_every", "eval_blocks")  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.eval and self.n < 2:
+            raise ValueError(f"--n must be at least 2 (the bounds on log Z leave one draw out), not {self.n}")
+        self.out = self.out or str(Path("out") / Path(self.data).stem)
+
+    def steps(self, stage: str) -> int:
+        return self.max_steps or getattr(self, f"{stage}_steps")
+
+
+def parse(argv=None) -> Settings:
+    """The command line: a preset, and a flag of the same name for every field of Settings."""
+    presets = "\n".join(
+        f"  {name}\n" + textwrap.fill("  ".join(f"{k}={v}" for k, v in values.items()), 100, initial_indent="    ",
+                                     subsequent_indent="    ") for name, values in PRESETS.items()
+    )  # fmt: skip
+    parser = data.Parser("train.py", __doc__, epilog="presets:\n" + presets)
+    parser.add_argument("--preset", default="toy", choices=PRESETS, help="source of unset values (default: toy)")
+    for f in fields(Settings):
+        text = f.metadata["help"] + ("" if f.default in (MISSING, "", 0, False) else f" (default: {f.default})")
+        if f.type is bool:
+            parser.add_argument(f"--{f.name}", action="store_true", default=None, help=text)
+        else:
+            metavar = None if f.metadata["choices"] else f.type.__name__.upper()
+            parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], metavar=metavar, help=text)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return Settings(**{**PRESETS[given.pop("preset")], **given})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where it runs
+# ---------------------------------------------------------------------------------------------------------
+
+
+def start_processes(name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, number of processes); joins the process group if torchrun started us."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = data.pick_device(name)
+    if world == 1:
+        return device, 0, 1
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), world
+
+
+def autocast(device: torch.device):
+    """bf16 on CUDA, plain float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a number that the loop looks at between steps; a second one ends at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.number:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+def agree(flag: bool, device, world: int) -> bool:
+    """True on every rank if it is true on one of them."""
+    if world == 1:
+        return flag
+    flag = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def mean_over_ranks(value: torch.Tensor, world: int) -> float:
+    if world > 1:
+        dist.all_reduce(value)
+    return float(value) / world
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model, s: Settings, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon on the matrices inside the blocks and AdamW on embeddings, norms and heads."""
+    inside = {p for p in model.transformer.blocks.parameters() if p.dim() == 2} if s.optimizer == "muon" else set()
+    rest = [p for p in model.parameters() if p not in inside]
+    groups = [
+        dict(params=[p for p in rest if p.dim() >= 2], weight_decay=s.weight_decay),
+        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.999), fused=device.type == "cuda")]
+    if inside:
+        matrices = [p for p in model.parameters() if p in inside]
+        # "match_rms_adamw" scales Muon's orthogonal step to the size of an AdamW step: one lr serves both
+        muon = torch.optim.Muon(matrices, lr=s.lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers
+
+
+def learning_rate(s: Settings, step: int, last: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero at `last`."""
+    warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
+    if s.lr_schedule == "constant":
+        return s.lr * warm
+    done = max(0, step - s.warmup_steps) / max(1, last - s.warmup_steps)
+    return s.lr * warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
+
+
+def warm_ema(decay: float):
+    """EMA whose decay rises to `decay` over its first updates: else a short run would keep its random start."""
+
+    def average(averaged, current, n):
+        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averaged, current, n)
+
+    return average
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a run keeps: the newest two checkpoints of each stage, and a log
+# ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_path(out, stage: str) -> Path:
+    return Path(out) / f"{stage}.pt"
+
+
+def previous_path(out, stage: str) -> Path:
+    return Path(out) / f"{stage}.previous.pt"
+
+
+def has_checkpoint(out, stage: str) -> bool:
+    return checkpoint_path(out, stage).exists() or previous_path(out, stage).exists()
+
+
+def load_newest(out, stage: str, device):
+    """(model, checkpoint) to resume from: the newest, or with a message the one before if that is damaged."""
+    newest, previous = checkpoint_path(out, stage), previous_path(out, stage)
+    try:
+        return edlm.load_checkpoint(newest, device)
+    except (ValueError, FileNotFoundError) as error:
+        if not previous.exists():
+            raise
+        print(f"{error}; resuming from {previous} instead", file=sys.stderr)
+        return edlm.load_checkpoint(previous, device)
+
+
+def save_stage(s: Settings, stage: str, model, ema, optimizers, step: int, extra: dict) -> None:
+    """Saves averaged weights and training state; the newest becomes the previous once its successor is whole."""
+    path = checkpoint_path(s.out, stage)
+    fresh = path.with_suffix(".fresh.pt")
+    optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
+    training = dict(step=step, settings=asdict(s), model=model.state_dict(), optimizers=optimizer_states)
+    edlm.save_checkpoint(fresh, ema.module, training=training, **extra)
+    if path.exists():
+        os.replace(path, previous_path(s.out, stage))
+    os.replace(fresh, path)
+
+
+def check_same_run(s: Settings, saved: dict, path) -> None:
+    """A resumed run must be the same run: refuses a setting that changes what one step computes."""
+    decisive = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "lr", "weight_decay",
+                "warmup_steps", "lr_schedule", "grad_clip", "ema", "batch_size", "seed")  # fmt: skip
+    for name in decisive:
+        if getattr(s, name) != saved[name]:
+            raise ValueError(f"{path} was trained with --{name} {saved[name]}, not {getattr(s, name)}: "
+                             "resume with the same, or choose another --out")  # fmt: skip
+
+
+def log_path(s: Settings) -> Path:
+    return Path(s.out) / "log.jsonl"
+
+
+def write_log(s: Settings, rank: int, **row) -> None:
+    if rank == 0:
+        with open(log_path(s), "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def trim_log(s: Settings, rank: int, stage: str, step: int) -> None:
+    """Drops rows of the stage behind `step`: they will be written again."""
+    if rank > 0 or not log_path(s).exists():
+        return
+    rows = [line for line in log_path(s).read_text().splitlines() if keep_row(line, stage, step)]
+    temporary = log_path(s).with_suffix(".tmp")
+    temporary.write_text("".join(row + "\n" for row in rows))
+    os.replace(temporary, log_path(s))
+
+
+def keep_row(line: str, stage: str, step: int) -> bool:
+    """False for a row that will be written again, or that a killed run left half written."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return row["stage"] != stage or row["step"] <= step
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------
+
+
+def build(stage: str, config: edlm.Config, s: Settings, device):
+    """A new model of the stage, and for `energy` also the frozen denoiser that it corrects, else None."""
+    if stage == "denoiser":
+        return edlm.Denoiser(config).to(device), None
+    if stage == "ar":
+        return edlm.AutoregressiveLM(config).to(device), None
+    denoiser, _ = edlm.load_checkpoint(checkpoint_path(s.out, "denoiser"), device)
+    have, need = denoiser.config, config
+    if (have.vocab_size, have.block_size) != (need.vocab_size, need.block_size):
+        raise ValueError(
+            f"{checkpoint_path(s.out, 'denoiser')} knows {have.vocab_size} tokens in blocks of {have.block_size}, "
+            f"{s.data} has {need.vocab_size} in blocks of {need.block_size}: train a denoiser on this data first"
+        )
+    return edlm.NCEResidual.from_denoiser(denoiser).to(device), denoiser.requires_grad_(False)
+
+
+def training_loss(stage: str, net, denoiser, x0: torch.Tensor) -> torch.Tensor:
+    """The scalar a stage minimises: nats per token, or the NCE loss (2 ln 2 = 1.386 where it cannot tell)."""
+    M = x0.shape[1] - 1
+    if stage == "denoiser":
+        return edlm.nelbo(net, x0, mask_id=getattr(net, "module", net).config.mask_id).mean() / M
+    if stage == "ar":
+        return -net(x0).sum(dim=1).mean() / M
+    return edlm.nce_loss(denoiser, net, x0, mask_id=denoiser.config.mask_id)
+
+
+@torch.no_grad()
+def validation_loss(stage: str, model, denoiser, blocks, s: Settings, device) -> float:
+    """The training loss on the first --eval_blocks validation blocks, with the same masks every time."""
+    values = []
+    with torch.random.fork_rng(), autocast(device):
+        for i, x0 in enumerate(batches(blocks, s.eval_blocks, model.config)):
+            torch.manual_seed(i)
+            values.append((len(x0), training_loss(stage, model, denoiser, x0.to(device)).item()))
+    return sum(n * value for n, value in values) / sum(n for n, _ in values)
+
+
+def batches(blocks, limit: int, config: edlm.Config):
+    """The first `limit` blocks in batches whose logits stay within 2**27 numbers."""
+    size = min(256, max(1, 2**27 // (config.vocab_size * config.block_size)))
+    return DataLoader(torch.utils.data.Subset(blocks, range(min(limit, len(blocks)))), batch_size=size)
+
+
+def seed_of(seed: int, step: int, part: int) -> int:
+    """One random stream for each (run, step, micro-batch): nothing to save, nothing to restore."""
+    return hash((seed, step, part)) % 2**63  # of integers: the same in every Python process
+
+
+def start_or_resume(s: Settings, stage: str, blocks, device):
+    """(model, frozen denoiser or None, ema, optimizers, step, facts to save beside the weights)."""
+    config = edlm.Config(blocks.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
+    torch.manual_seed(s.seed)
+    model, denoiser = build(stage, config, s, device)
+    ema = AveragedModel(model, multi_avg_fn=warm_ema(s.ema)).eval()
+    optimizers = make_optimizers(model, s, device)
+    extra = dict(tokenizer=blocks.tokenizer) | ({} if denoiser is None else dict(denoiser=edlm.fingerprint(denoiser)))
+    step = 0
+    if s.resume and has_checkpoint(s.out, stage):
+        averaged, checkpoint = load_newest(s.out, stage, device)
+        saved = checkpoint["training"]
+        check_same_run(s, saved["settings"], checkpoint_path(s.out, stage))
+        for fact, value in extra.items():
+            if checkpoint[fact] != value:
+                raise ValueError(
+                    f"{checkpoint_path(s.out, stage)} belongs to another {fact} ({checkpoint[fact]}, here {value}): "
+                    f"train it anew with --stage {stage} --overwrite"
+                )
+        ema.module.load_state_dict(averaged.state_dict())
+        step = saved["step"]
+        ema.n_averaged.fill_(step)
+        model.load_state_dict(saved["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    return model, denoiser, ema, optimizers, step, extra
+
+
+def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: StopSignal) -> bool:
+    """Trains one stage to its last step. True if it got there, False if a signal stopped it before."""
+    blocks = data.Blocks(s.data, "train", s.block_size)
+    validation = data.Blocks(s.data, "val", s.block_size)
+    model, denoiser, ema, optimizers, step, extra = start_or_resume(s, stage, blocks, device)
+    last = s.steps(stage)
+    if step >= last:
+        return True
+
+    micro = s.micro_batch or s.batch_size // world
+    order = data.BatchOrder(len(blocks), s.batch_size, micro, seed=s.seed, rank=rank, world=world, start_step=step)
+    on_gpu = device.type == "cuda"
+    loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu, num_workers=int(on_gpu)))
+    accumulate = s.batch_size // (micro * world)
+    if s.compile or on_gpu:
+        model.transformer.compile()  # shapes are fixed there: only the head sees the varying number of masks
+    net = model if world == 1 else DistributedDataParallel(model)
+    net.train()
+    trim_log(s, rank, stage, step)
+    bar = tqdm(total=last, initial=step, desc=f"{stage:8}", unit="step", disable=rank > 0, mininterval=0.5)
+    shown, mark = {}, (step, time.perf_counter())
+
+    while step < last:
+        rate = learning_rate(s, step, last)
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["lr"] = rate
+        loss = torch.zeros((), device=device)
+        for i in range(accumulate):
+            x0 = next(loader).to(device, non_blocking=True)
+            torch.manual_seed(seed_of(s.seed, step, i * world + rank))
+            with net.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext():
+                with autocast(device):
+                    part = training_loss(stage, net, denoiser, x0) / accumulate
+                part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update_parameters(model)
+        step += 1
+        bar.update()
+
+        stopping = False
+        if step % s.log_every == 0 or step % s.save_every == 0 or step == last or (stop.number and world == 1):
+            stopping = agree(stop.number > 0, device, world)
+            loss = mean_over_ranks(loss, world)
+            if not math.isfinite(loss):
+                bar.close()
+                raise ValueError(
+                    f"{stage}: the loss is {loss} at step {step}; the last good checkpoint is kept. "
+                    f"Continue from it with a lower --lr in a new --out, or check the data"
+                )
+            now = time.perf_counter()
+            speed = (step - mark[0]) * s.batch_size * s.block_size / (now - mark[1])
+            mark = (step, now)
+            shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
+            write_log(s, rank, stage=stage, step=step, tokens=step * s.batch_size * s.block_size, loss=loss, lr=rate,
+                      grad_norm=float(norm), tokens_per_second=round(speed))  # fmt: skip
+        if rank == 0 and (step % s.eval_every == 0 or step == last):
+            held_out = validation_loss(stage, ema.module, denoiser, validation, s, device)
+            shown |= dict(val=f"{held_out:.3f}")
+            write_log(s, rank, stage=stage, step=step, val_loss=held_out)
+        bar.set_postfix(shown, refresh=False)
+        if rank == 0 and (step % s.save_every == 0 or step == last or stopping):
+            save_stage(s, stage, model, ema, optimizers, step, extra)
+        if stopping and step < last:
+            bar.close()
+            return False
+    bar.close()
+    return True
+
+
+def train(s: Settings) -> None:
+    """All asked-for stages in order, then the table. Never overwrites a run that it was not told to."""
+    stages = STAGES if s.stage == "all" else (s.stage,)
+    for stage in stages:
+        if has_checkpoint(s.out, stage) and not (s.resume or s.overwrite):
+            raise ValueError(f"{checkpoint_path(s.out, stage)} is there already: --resume to continue it, "
+                             "--overwrite to train anew, or another --out")  # fmt: skip
+    device, rank, world = start_processes(s.device)
+    if rank == 0 and s.data == PRESETS["toy"]["data"]:
+        data.make_toy(s.data)
+    if world > 1:
+        dist.barrier()
+    data.Blocks(s.data, "val", s.block_size)  # a bad data folder is refused before anything is written
+    os.makedirs(s.out, exist_ok=True)
+    stop = StopSignal()
+    if rank == 0:
+        print(f"{s.data} -> {s.out} on {device}" + (f" and {world - 1} more" if world > 1 else ""))
+    for stage in stages:
+        if not train_stage(s, stage, device, rank, world, stop):
+            if rank == 0:
+                again = " ".join(sys.argv[1:] if s.resume else [*sys.argv[1:], "--resume"])
+                print(f"stopped and saved; go on with: python train.py {again}", file=sys.stderr)
+            raise SystemExit(128 + stop.number if stop.number else 1)
+    if rank == 0:
+        print_table(evaluate(s, device, energies=()))
+        print(f"next: python sample.py --out {s.out}    python train.py --eval --out {s.out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Perplexity
+# ---------------------------------------------------------------------------------------------------------
+
+
+def evaluation_blocks(s: Settings, tokenizer: str, config: edlm.Config):
+    """Validation shards, or a text file cut into blocks by the checkpoints' tokenizer."""
+    if Path(s.data).is_file():
+        encoding = data.get_tokenizer(tokenizer)
+        return data.text_blocks(s.data, encoding, config.block_size, s.detokenize or None)
+    blocks = data.Blocks(s.data, "val", config.block_size)
+    if blocks.tokenizer != tokenizer:
+        raise ValueError(f"{s.data} holds {blocks.tokenizer} tokens, the checkpoints in {s.out} need {tokenizer}")
+    return blocks
+
+
+def estimators(models: dict, energies, s: Settings) -> list[tuple]:
+    """A row of the table each: (name, what the number is, x0 Long[B, L] -> Float[B] nats per sequence)."""
+    rows = []
+    if "ar" in models:
+        rows.append(("AR", "exact NLL", lambda x0: -models["ar"].log_prob(x0).sum(dim=1)))
+    if "denoiser" not in models:
+        return rows
+    denoiser = models["denoiser"]
+    mask_id = denoiser.config.mask_id
+    chain = dict(mask_id=mask_id, n=s.n, steps=s.chain_steps or None)
+    if s.chain_steps:
+        nothing = partial(edlm.joint_nelbo, energy=no_energy, log_partition="exact", **chain)
+        rows.append(("MDLM", "bound", lambda x0: nothing(denoiser, x0=x0)))
+    else:
+        rows.append(("MDLM", "bound", partial(edlm.nelbo, denoiser, mask_id=mask_id)))
+    for name in energies:
+        energy = edlm.make_energy(name, models)
+        for end in ("exact",) if name == "coar" else ("lower", "upper"):
+            joint = partial(edlm.joint_nelbo, denoiser, energy, log_partition=end, **chain)
+            rows.append((f"{edlm.ENERGIES[name][1]} joint, log Z {end}", "estimate", joint))
+        rows.append((f"{edlm.ENERGIES[name][1]} chain", "bound", partial(edlm.chain_nelbo, denoiser, energy, **chain)))
+    return rows
+
+
+def no_energy(candidates, x_t, log_q):
+    """E = 0: EDLM without a correction is the factorised denoiser."""
+    return torch.zeros_like(log_q)
+
+
+@torch.no_grad()
+def evaluate(s: Settings, device, energies) -> list[dict]:
+    """Rows of the perplexity table for the checkpoints in --out. Every model sees the same masks."""
+    stages = [stage for stage in STAGES if has_checkpoint(s.out, stage)] or ["denoiser"]
+    models, tokenizer = edlm.load_models(s.out, stages, device)
+    config = next(iter(models.values())).config
+    blocks = evaluation_blocks(s, tokenizer, config)
+    rows = []
+    if isinstance(blocks, data.Blocks) and blocks.tokenizer == "toy":
+        rows.append(table_row("language (floor)", "exact", torch.tensor([data.toy_entropy()]), config, tokenizer))
+    for name, what, score in estimators(models, energies, s):
+        values = []
+        for i, x0 in enumerate(tqdm(batches(blocks, s.eval_blocks, config), desc=name[:24], leave=False)):
+            torch.manual_seed(seed_of(s.seed, i, 0))
+            with autocast(device):
+                values.append(score(x0=x0.to(device)).double().cpu())
+        rows.append(table_row(name, what, torch.cat(values), config, tokenizer))
+    return rows
+
+
+def table_row(name: str, what: str, nats: torch.Tensor, config: edlm.Config, tokenizer: str) -> dict:
+    """Means over sequences of nats Float[N]; the error is the standard error of the mean.
+
+    Perplexity is per scored token, of which a block has L - 1. Bits per character spread a block's bits over
+    its L - 2 characters: the end-of-text token after them is not one.
+    """
+    M = config.block_size - 1
+    mean = nats.mean().item()
+    error = nats.std().item() / len(nats) ** 0.5 if len(nats) > 1 else 0.0
+    row = dict(model=name, what=what, nats_per_token=mean / M, standard_error=error / M,
+               perplexity=math.exp(mean / M), sequences=len(nats), tokens=len(nats) * M)  # fmt: skip
+    if tokenizer in ("bytes", "text8"):
+        row["bits_per_character"] = mean / (M - 1) / math.log(2)
+    return row
+
+
+def print_table(rows: list[dict]) -> None:
+    characters = "bits_per_character" in rows[-1]
+    print(f"\n{'':36} {'':10} nats per token      perplexity" + ("   bits/char" if characters else ""))
+    for r in rows:
+        error = f"+- {r['standard_error']:.4f}" if r["standard_error"] else ""
+        bits = f"{r['bits_per_character']:12.3f}" if characters else ""
+        print(f"{r['model']:36} {r['what']:10} {r['nats_per_token']:8.4f} {error:10} {r['perplexity']:10.3f}{bits}")
+    print(f"{rows[-1]['sequences']:,} sequences, {rows[-1]['tokens']:,} tokens scored\n")
+
+
+def run_evaluation(s: Settings) -> None:
+    """--eval: the table on the screen, and with --json in a file."""
+    if s.energy == "none":
+        energies = []
+    elif s.energy:
+        energies = [s.energy]
+    else:
+        energies = [name for name, (stage, _) in edlm.ENERGIES.items() if has_checkpoint(s.out, stage)]
+    rows = evaluate(s, data.pick_device(s.device), energies)
+    print_table(rows)
+    if s.json:
+        data.write_json(s.json, dict(settings=asdict(s), rows=rows))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(config: edlm.Config, projected: float) -> float:
+    """Floating-point operations of one training step per token of the block: 3 times the forward pass.
+
+    Forward, counting a multiply-add as 2: 24 d^2 per block for its four matrices, 4 L d for scores and sums
+    of full attention, and 2 d V for the `projected` share of positions that reach the vocabulary.
+    """
+    d, L = config.n_embd, config.block_size
+    return 3 * (config.n_layer * (24 * d * d + 4 * L * d) + 2 * d * config.vocab_size * projected)
+
+
+def synchronize(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work, device, repeats: int) -> float:
+    """Median wall-clock time of work(), after one call to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times[1:])[repeats // 2]
+
+
+def matmul_rate(device, repeats: int = 5) -> float:
+    """Floating-point operations per second of one large matrix product, bf16 on CUDA, float32 elsewhere."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    return 2 * size**3 / seconds(lambda: a @ b, device, repeats)
+
+
+def plain_loss(net: edlm.Denoiser, x0: torch.Tensor) -> torch.Tensor:
+    """The reference for --bench: the same loss, but with every position projected onto the vocabulary."""
+    n = edlm.mask_counts(len(x0), x0.shape[1] - 1, device=x0.device)
+    x_t = edlm.mask_tokens(x0, n, mask_id=net.config.mask_id)
+    logits = net.head(net.transformer(net.transformer.embed(x_t)))                 # [B, L, V]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), x0.flatten(), reduction="none").view_as(x0)
+    return ((loss * (x_t == net.config.mask_id)).sum(dim=1) / n).mean()
+
+
+def bench(s: Settings) -> None:
+    """--bench: a denoiser step as this file trains it, against a plain step, on random weights and tokens.
+
+    --micro_batch sequences (default 2), --max_steps timed steps (default 5). The plain step projects every
+    position and leaves the optimiser's and the compiler's options at torch's defaults.
+    """
+    device = data.pick_device(s.device)
+    vocab = {"toy": data.get_tokenizer("toy").n_vocab, "text8": 28}.get(Path(s.data).stem, 50257)
+    config = edlm.Config(vocab, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
+    x0 = torch.randint(0, vocab, (s.micro_batch or 2, s.block_size), device=device)
+    rows = []
+    for name in ("this project", "plain step"):
+        torch.manual_seed(s.seed)
+        denoiser = edlm.Denoiser(config).to(device)
+        if name == "plain step":
+            optimizers, loss = [torch.optim.AdamW(denoiser.parameters(), lr=s.lr)], plain_loss
+        else:
+            optimizers, loss = make_optimizers(denoiser, s, device), partial(training_loss, "denoiser", denoiser=None)
+            if s.compile or device.type == "cuda":
+                denoiser.transformer.compile()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        took = seconds(partial(bench_step, denoiser, loss, optimizers, x0, s, device), device, s.max_steps or 5)
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        rows.append(dict(step=name, seconds=took, tokens_per_second=x0.numel() / took, peak_gib=memory))
+        del denoiser, optimizers
+    flops = flops_per_token(config, projected=0.5)
+    peak = matmul_rate(device)
+    share = flops * rows[0]["tokens_per_second"] / peak
+    recompiles = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+    for row in rows:
+        memory = "" if row["peak_gib"] is None else f"   peak {row['peak_gib']:.1f} GiB"
+        print(f"{row['step']:14} {row['seconds']:8.3f} s/step {row['tokens_per_second']:10,.0f} tokens/s{memory}")
+    ratio = rows[1]["seconds"] / rows[0]["seconds"]
+    print(f"ratio {ratio:.2f}; {flops / 1e6:,.0f} MFLOP per token, {share:.0%} of the measured matmul rate "
+          f"({peak / 1e9:,.0f} GFLOP/s); {recompiles} compiled graphs")  # fmt: skip
+    if s.json:
+        facts = dict(ratio=ratio, flops_per_token=flops, matmul_share=share, matmul_flops=peak)
+        data.write_json(s.json, dict(settings=asdict(s), rows=rows, compiled_graphs=recompiles, **facts))
+
+
+def bench_step(denoiser, loss, optimizers, x0, s: Settings, device) -> None:
+    """Forward, backward, clip, update."""
+    with autocast(device):
+        value = loss(net=denoiser, x0=x0)
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(denoiser.parameters(), s.grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(argv=None) -> None:
+    """The command line: `python train.py --help`."""
+    s = parse(argv)
+    if s.bench:
+        bench(s)
+    elif s.eval:
+        run_evaluation(s)
+    else:
+        train(s)
+
+
+if __name__ == "__main__":
+    data.run("train.py", main)
