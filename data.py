@@ -231,6 +231,12 @@ def write_json(path, value):
     sync_and_replace(file, path)
 
 
+def check_target(path):
+    """Refuse a file that `write_json` could not write, before the work and not after it. Raises ValueError."""
+    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
+        raise ValueError(f"cannot write {path}: it must be a file in a folder that exists")
+
+
 def read_json(path, *keys):
     """Read a JSON dictionary that has these keys. Raises ValueError if it does not."""
     try:
@@ -1011,7 +1017,10 @@ def pick_device(name=""):
     there = [device for device, available in there.items() if available]
     if name and name.split(":")[0] not in there:
         raise ValueError(f"no device {name!r} on this machine: choose from {', '.join(there)}")
-    return torch.device(name or there[0])
+    try:
+        return torch.device(name or there[0])
+    except RuntimeError:
+        raise ValueError(f"{name!r} is not a device: choose from {', '.join(there)}") from None
 
 
 def run(prog, main):

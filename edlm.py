@@ -479,13 +479,6 @@ def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None) 
     return candidates, log_q
 
 
-def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:
-    """log_q Float[B, K] of given candidates Long[B, K, L] under logits Float[N, V] at `where` Bool[B, L]."""
-    log_mu = logits.float().log_softmax(dim=1).gather(1, candidates.transpose(1, 2)[where])       # [N, K]
-    row = where.nonzero()[:, 0]
-    return torch.zeros(candidates.shape[:2], device=logits.device).index_add(0, row, log_mu)
-
-
 def importance_weights(energy: Tensor) -> Tensor:
     """softmax(-E) over candidates, equation (7): energy Float[B, K] -> weights Float[B, K]."""
     return (-energy.float()).softmax(dim=1)
@@ -577,21 +570,27 @@ def sample_states(
         yield state
 
 
-def sample(denoiser, x: Tensor, **settings) -> Tensor:
+def sample(
+    denoiser, x: Tensor, *, mask_id: int, steps: int, energy=None, k: int = 1, window: float = 1.0,
+    schedule: str = "linear", generator: torch.Generator | None = None, max_tokens: int = MAX_TOKENS,
+) -> Tensor:  # fmt: skip
     """Draws from EDLM (Algorithm 1): x Long[B, L] with mask_id wherever a token is wanted -> Long[B, L].
 
     All masks after BOS is unconditional sampling, tokens first a prompt, tokens anywhere infilling; given
-    tokens never change. settings, keyword only: mask_id, steps (T), energy=None, k=1, window=1.0,
-    schedule="linear", generator=None, max_tokens.
-
-        plain diffusion (MDLM)     k = 1, or no energy, or window = 0
-        EDLM                       energy, k > 1: candidates are judged in the steps with t > 1 - window
+    tokens never change. Plain diffusion (MDLM) is k = 1, no energy, or window = 0. With an energy and k > 1,
+    k candidates are judged in the steps with t > 1 - window, at most max_tokens tokens at a time.
 
     At most min(steps, masked tokens) forward passes a sequence, however large `steps` is. The law is that
-    of the T-step chain for any batch size; only floating-point rounding stands between. Raises ValueError
-    for steps < 1, k < 1, window outside [0, 1] or an unknown schedule.
+    of the chain of `steps` steps, for any batch size; only floating-point rounding stands between. Raises
+    ValueError for steps < 1, k < 1, window outside [0, 1] or an unknown schedule.
+
+    >>> x = torch.full((4, 21), mask_id); x[:, 0] = bos             # four empty sequences
+    >>> edlm.sample(denoiser, x, mask_id=mask_id, steps=8, energy=edlm.ARResidual(ar), k=16)
     """
-    for state in sample_states(denoiser, x, **settings):
+    for state in sample_states(
+        denoiser, x, mask_id=mask_id, steps=steps, energy=energy, k=k, window=window, schedule=schedule,
+        generator=generator, max_tokens=max_tokens,
+    ):  # fmt: skip
         pass
     return state.x
 
@@ -626,6 +625,13 @@ def bounds_from_energies(energy: Tensor) -> tuple[Tensor, Tensor]:
     others = log_w[:, None].expand(B, n, n)[:, ~torch.eye(n, dtype=torch.bool, device=energy.device)]
     T_less = log_mean_exp(others.view(B, n, n - 1)).mean(dim=1)
     return T_n, (2 * n - 1) * T_n - 2 * (n - 1) * T_less
+
+
+def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:
+    """log_q Float[B, K] of given candidates Long[B, K, L] under logits Float[N, V] at `where` Bool[B, L]."""
+    log_mu = logits.float().log_softmax(dim=1).gather(1, candidates.transpose(1, 2)[where])       # [N, K]
+    row = where.nonzero()[:, 0]
+    return torch.zeros(candidates.shape[:2], device=logits.device).index_add(0, row, log_mu)
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--max_tokens", type=int, default=edlm.MAX_TOKENS, help="tokens through the energy at once, caps its memory")
     add("--device", default="", help="cuda, mps or cpu (default: the first that is there)")
     args = parser.parse_args(argv)
-    if not (args.compare or args.bench):
+    if not args.compare:
         for name in ("steps", "k"):
             if len(getattr(args, name) or []) > 1:
                 parser.error(f"--{name} takes a list only with --compare")
@@ -80,6 +80,16 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--model ar goes left to right: it takes neither --infill nor --energy")
     if args.prompt is not None and args.infill is not None:
         parser.error("--prompt and --infill exclude each other: put the gaps behind the prompt")
+    if args.compare and args.infill is not None:
+        parser.error("--compare continues a --prompt or nothing: it takes no --infill, which AR cannot do")
+    if args.judge and not args.compare:
+        parser.error("--judge is a column of --compare: give that too")
+    if len(args.num) > 1:
+        parser.error("--num is one number")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must not be negative nor beyond 2**63: it is {args.seed}")
+    if args.json:
+        data.check_target(args.json)
     args.num = args.num[0]
     if not args.bench:
         args.steps, args.k = args.steps or [8], args.k or [16]
@@ -259,7 +269,7 @@ def show_pair(run: Run, args) -> dict:
     plain = draw(run, start, num, args, steps=steps)
     better = draw(run, start, num, args, energy=energy, steps=steps, k=k)
     name = edlm.ENERGIES[energy][1]
-    print(f"{'plain diffusion':39}| {name}, best guess of {k} by weight     ({steps} steps each)\n{'-' * 39}|{'-' * 60}")
+    print(f"{f'plain diffusion, {steps} steps':39}| {name}, {steps} steps, k = {k}\n{'-' * 39}|{'-' * 60}")
     for left, right in list(zip(texts_of(run, plain.x), texts_of(run, better.x), strict=True))[:4]:
         for pair in side_by_side(mark(run, left), mark(run, right)):
             print(pair)
@@ -437,8 +447,8 @@ def bench(args) -> list[dict]:
                   f"{row['ratio']:8.2f}{row['event_ms']:10.1f}{row['bare_ms']:9.1f}"
                   + (f"   peak {memory:.1f} GiB, plain {memory_plain:.1f}" if memory else ""))  # fmt: skip
     full = steps * config.block_size
-    print(f"the plain algorithm: {steps} forwards, {full:,} rows a sequence; {min(steps, PLAIN_STEPS_TIMED)} steps of it "
-          "timed and scaled; bare: one transformer forward of the whole batch without the vocabulary")  # fmt: skip
+    print(f"plain: {steps} forwards, {full:,} rows a sequence ({min(steps, PLAIN_STEPS_TIMED)} steps timed, then scaled); "
+          "bare: one transformer forward of the whole batch, no vocabulary")  # fmt: skip
     return rows
 
 
@@ -458,10 +468,10 @@ def main(argv=None) -> None:
         run = load_run(args)
         if args.compare:
             result = dict(rows=compare(run, args))
-        elif args.model is None and args.energy is None and args.prompt is None and args.infill is None:
-            result = show_pair(run, args)
+        elif args.model or args.energy or not (args.prompt is None and args.infill is None) or len(run.models) == 1:
+            result = show_one(run, args)  # asked for, or there is nothing beside the denoiser to compare it with
         else:
-            result = show_one(run, args)
+            result = show_pair(run, args)
     if args.json:
         data.write_json(args.json, dict(settings=vars(args), **result))
 

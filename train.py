@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -41,8 +42,8 @@ PRESETS = {
     # Minutes on two CPU cores. A block is one story: [EOT] + 19 words + [EOT].
     "toy": dict(
         data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64, dropout=0.0, optimizer="muon",
-        lr=0.005, weight_decay=0.0, warmup_steps=30, lr_schedule="cosine", grad_clip=1.0, ema=0.99,
-        batch_size=128, denoiser_steps=600, ar_steps=400, energy_steps=600, eval_every=200, save_every=200,
+        lr=0.018, weight_decay=0.0, warmup_steps=30, lr_schedule="cosine", grad_clip=1.0, ema=0.99,
+        batch_size=128, denoiser_steps=700, ar_steps=300, energy_steps=500, eval_every=200, save_every=200,
     ),
     # The paper's settings; width 768 because the paper's 784 does not divide into 12 heads.
     "text8": dict(
@@ -112,10 +113,26 @@ class Settings:
 
     def __post_init__(self):
         positive = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "eval_every", "save_every",
-                    "log_every", "eval_blocks")  # fmt: skip
+                    "log_every", "eval_blocks", *(f"{stage}_steps" for stage in STAGES))  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("max_steps", "micro_batch", "chain_steps", "warmup_steps", "seed"):  # of most, 0 is "not given"
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"--{name} must not be negative nor beyond 2**63: it is {getattr(self, name)}")
+        for name in ("lr", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be a number above 0, not {getattr(self, name)}")
+        for name in ("dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight_decay must be a number of at least 0, not {self.weight_decay}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues a run and --overwrite throws it away: give one of them")
+        edlm.Config(1, self.block_size, self.n_layer, self.n_head, self.n_embd)  # refuses widths that do not divide
+        if self.json:
+            data.check_target(self.json)
         if self.eval and self.n < 2:
             raise ValueError(f"--n must be at least 2 (the bounds on log Z leave one draw out), not {self.n}")
         self.out = self.out or str(Path("out") / Path(self.data).stem)
@@ -140,7 +157,10 @@ def parse(argv=None) -> Settings:
             metavar = None if f.metadata["choices"] else f.type.__name__.upper()
             parser.add_argument(f"--{f.name}", type=f.type, choices=f.metadata["choices"], metavar=metavar, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return Settings(**{**PRESETS[given.pop("preset")], **given})
+    preset = PRESETS[given.pop("preset")]
+    if "eval" in given and Path(given.get("data", "")).is_file():  # a text has no run of its own: take the preset's
+        given.setdefault("out", str(Path("out") / Path(preset["data"]).stem))
+    return Settings(**{**preset, **given})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -171,13 +191,17 @@ class StopSignal:
 
     def __init__(self):
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(self, number, frame):
         if self.number:
             raise KeyboardInterrupt
         self.number = number
+
+    def restore(self):
+        """Gives both signals back their usual meaning."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def agree(flag: bool, device, world: int) -> bool:
@@ -260,7 +284,8 @@ def load_newest(out, stage: str, device):
     except (ValueError, FileNotFoundError) as error:
         if not previous.exists():
             raise
-        print(f"{error}; resuming from {previous} instead", file=sys.stderr)
+        reason = error if newest.exists() else f"{newest} is missing (a save was cut short)"
+        print(f"{reason}; resuming from {previous} instead", file=sys.stderr)
         return edlm.load_checkpoint(previous, device)
 
 
@@ -296,9 +321,23 @@ def write_log(s: Settings, rank: int, **row) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def trim_log(s: Settings, rank: int, stage: str, step: int) -> None:
+def make_room(s: Settings, stage: str, step: int) -> None:
+    """Readies --out for the stage to go on behind `step`; with --overwrite the run that was there goes.
+
+    All of it at once: what is left of an old run must not be taken for the new one's when that is resumed.
+    """
+    os.makedirs(s.out, exist_ok=True)
+    stages = STAGES[STAGES.index(stage) :] if s.overwrite and s.stage == "all" else (stage,)
+    for anew in stages:
+        if s.overwrite:
+            checkpoint_path(s.out, anew).unlink(missing_ok=True)
+            previous_path(s.out, anew).unlink(missing_ok=True)
+        trim_log(s, anew, step)
+
+
+def trim_log(s: Settings, stage: str, step: int) -> None:
     """Drops rows of the stage behind `step`: they will be written again."""
-    if rank > 0 or not log_path(s).exists():
+    if not log_path(s).exists():
         return
     rows = [line for line in log_path(s).read_text().splitlines() if keep_row(line, stage, step)]
     temporary = log_path(s).with_suffix(".tmp")
@@ -379,7 +418,9 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
     step = 0
     if s.resume and has_checkpoint(s.out, stage):
         averaged, checkpoint = load_newest(s.out, stage, device)
-        saved = checkpoint["training"]
+        saved = checkpoint.get("training")
+        if saved is None:
+            raise ValueError(f"{checkpoint_path(s.out, stage)} holds no training state to resume: use --overwrite")
         check_same_run(s, saved["settings"], checkpoint_path(s.out, stage))
         for fact, value in extra.items():
             if checkpoint[fact] != value:
@@ -414,7 +455,8 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
         model.transformer.compile()  # shapes are fixed there: only the head sees the varying number of masks
     net = model if world == 1 else DistributedDataParallel(model)
     net.train()
-    trim_log(s, rank, stage, step)
+    if rank == 0:
+        make_room(s, stage, step)  # only now, when every setting has been tried
     bar = tqdm(total=last, initial=step, desc=f"{stage:8}", unit="step", disable=rank > 0, mininterval=0.5)
     shown, mark = {}, (step, time.perf_counter())
 
@@ -443,11 +485,11 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
         if step % s.log_every == 0 or step % s.save_every == 0 or step == last or (stop.number and world == 1):
             stopping = agree(stop.number > 0, device, world)
             loss = mean_over_ranks(loss, world)
-            if not math.isfinite(loss):
+            if not math.isfinite(loss + norm):  # a bad gradient is in the weights already: neither may be saved
                 bar.close()
                 raise ValueError(
-                    f"{stage}: the loss is {loss} at step {step}; the last good checkpoint is kept. "
-                    f"Continue from it with a lower --lr in a new --out, or check the data"
+                    f"{stage}: the loss is {loss}, its gradient norm {norm:g} at step {step}; "
+                    "the last good checkpoint is kept. Continue from it with a lower --lr in a new --out, or check the data"
                 )
             now = time.perf_counter()
             speed = (step - mark[0]) * s.batch_size * s.block_size / (now - mark[1])
@@ -482,16 +524,18 @@ def train(s: Settings) -> None:
     if world > 1:
         dist.barrier()
     data.Blocks(s.data, "val", s.block_size)  # a bad data folder is refused before anything is written
-    os.makedirs(s.out, exist_ok=True)
     stop = StopSignal()
     if rank == 0:
         print(f"{s.data} -> {s.out} on {device}" + (f" and {world - 1} more" if world > 1 else ""))
     for stage in stages:
+        if world > 1:
+            dist.barrier()  # the energy reads the denoiser that rank 0 has just saved
         if not train_stage(s, stage, device, rank, world, stop):
             if rank == 0:
-                again = " ".join(sys.argv[1:] if s.resume else [*sys.argv[1:], "--resume"])
-                print(f"stopped and saved; go on with: python train.py {again}", file=sys.stderr)
+                again = shlex.join([word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")])
+                print(f"stopped and saved; go on with: python train.py {again} --resume", file=sys.stderr)
             raise SystemExit(128 + stop.number if stop.number else 1)
+    stop.restore()
     if rank == 0:
         print_table(evaluate(s, device, energies=()))
         print(f"next: python sample.py --out {s.out}    python train.py --eval --out {s.out}")
@@ -547,7 +591,8 @@ def no_energy(candidates, x_t, log_q):
 @torch.no_grad()
 def evaluate(s: Settings, device, energies) -> list[dict]:
     """Rows of the perplexity table for the checkpoints in --out. Every model sees the same masks."""
-    stages = [stage for stage in STAGES if has_checkpoint(s.out, stage)] or ["denoiser"]
+    needed = {"denoiser"} | {edlm.ENERGIES[name][0] for name in energies} if energies else set()
+    stages = [stage for stage in STAGES if stage in needed or has_checkpoint(s.out, stage)] or ["denoiser"]
     models, tokenizer = edlm.load_models(s.out, stages, device)
     config = next(iter(models.values())).config
     blocks = evaluation_blocks(s, tokenizer, config)
