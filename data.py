@@ -50,39 +50,27 @@ from tqdm import tqdm
 #
 # A story is a template with its slots filled. A slot that occurs twice must say the same thing
 # twice: that long-range agreement is what a factorised denoiser breaks and what EDLM mends.
-# {he} and {his} agree with {name}; {she} agrees with {friend}, who is never {name}.
+# {he} agrees with {name}; {she} agrees with {friend}, who is never {name}. Which template it is
+# must be agreed upon too: its three verbs belong together.
 
 TOY_TEMPLATES = (
-    "{name} has a {colour} {object}. {he} gives the {object} to {his} friend {friend}. "
-    "now {she} likes the {colour} {object}.",
-    "{name} sees a {size} {animal} in the {place}. the {size} {animal} runs to {name}. "
-    "{he} feeds the {size} {animal}.",
-    "{name} and {friend} bake a {flavour} {food}. {name} cuts the {food}. "
-    "then {friend} eats the {flavour} {food} with {name}.",
-    "the {colour} {object} is in the {place}. {name} finds the {object}. "
-    "{he} takes the {colour} {object} home to {friend}.",
+    "{name} has a {colour} {object}. {he} gives the {object} to {friend}. {she} likes the {colour} {object}.",
+    "{name} finds a {colour} {object}. {he} shows the {object} to {friend}. {she} wants the {colour} {object}.",
+    "{name} makes a {colour} {object}. {he} sells the {object} to {friend}. {she} keeps the {colour} {object}.",
 )
-TOY_PRONOUNS = {
-    "ben": ("he", "his"), "tom": ("he", "his"), "max": ("he", "his"),
-    "ann": ("she", "her"), "sue": ("she", "her"), "mia": ("she", "her"),
-}  # fmt: skip
+TOY_PRONOUNS = {"ben": "he", "tom": "he", "max": "he", "ann": "she", "sue": "she", "mia": "she"}
 TOY_SLOTS = {
     "name": tuple(TOY_PRONOUNS),
     "friend": tuple(TOY_PRONOUNS),
     "colour": ("black", "red", "blue", "green"),
     "object": ("boat", "ball", "kite", "book"),
-    "place": ("park", "garden", "barn", "forest"),
-    "size": ("small", "big", "young"),
-    "animal": ("dog", "cat", "duck", "fox"),
-    "flavour": ("lemon", "honey", "cherry", "ginger"),
-    "food": ("cake", "pie", "tart"),
 }
 TOY_LENGTH = 19  # tokens in every story
 
 
 @functools.cache
 def toy_language():
-    """The whole language: a dictionary from every story (3,048 of them) to its log-probability in nats.
+    """The whole language: a dictionary from every story (1,440 of them) to its log-probability in nats.
 
     The template is uniform, and so is every slot, independently, except that the friend is uniform
     over the names that are left. No two choices give the same story, so nothing needs adding up.
@@ -93,11 +81,10 @@ def toy_language():
         slots = [slot for slot in TOY_SLOTS if slot in fields]
         choices = itertools.product(*(TOY_SLOTS[slot] for slot in slots))
         fillings = [dict(zip(slots, values, strict=True)) for values in choices]
-        fillings = [filling for filling in fillings if filling["name"] != filling.get("friend")]
+        fillings = [filling for filling in fillings if filling["name"] != filling["friend"]]
         for filling in fillings:
-            he, his = TOY_PRONOUNS[filling["name"]]
-            she, _ = TOY_PRONOUNS[filling.get("friend", filling["name"])]
-            story = template.format(**filling, he=he, his=his, she=she)
+            he, she = TOY_PRONOUNS[filling["name"]], TOY_PRONOUNS[filling["friend"]]
+            story = template.format(**filling, he=he, she=she)
             language[story] = -math.log(len(TOY_TEMPLATES)) - math.log(len(fillings))
     return language
 
@@ -131,9 +118,9 @@ def toy_entropy():
 TOKENIZERS = ("gpt2", "bytes", "toy", "text8")
 END_OF_TEXT = "<|endoftext|>"
 TEXT8_CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
-# How a text is cut before it meets the vocabulary. A toy word carries the space before it and the
-# full stop after it, as GPT-2's words carry their space, so a story is exactly TOY_LENGTH pieces.
-PIECES = {"bytes": r"(?s).{1,256}", "toy": r" ?[^ ]+| ", "text8": r"(?s)."}
+# How a text is cut before it meets the vocabulary. A toy word carries the space before it, as GPT-2's
+# words do; with the full stops a story is exactly TOY_LENGTH pieces.
+PIECES = {"bytes": r"(?s).{1,256}", "toy": r" ?[^ .]+|\.| ", "text8": r"(?s)."}
 # Documents of natural text are parted by END_OF_TEXT. Toy stories and text8 are not: without
 # separators, a toy block of TOY_LENGTH + 2 tokens holds exactly one story.
 SEPARATED = {"gpt2": True, "bytes": True, "toy": False, "text8": False}

@@ -188,9 +188,9 @@ def mask_tokens(x0: Tensor, n: Tensor, *, mask_id: int, generator: torch.Generat
     Given how many tokens are masked, equation (1) makes every set of that size equally likely.
     """
     B, L = x0.shape
-    order = torch.rand(B, L - 1, device=x0.device, generator=generator).argsort(dim=1)
+    rank = torch.rand(B, L - 1, device=x0.device, generator=generator).argsort(dim=1)  # a random permutation
     masked = torch.zeros_like(x0, dtype=torch.bool)
-    masked[:, 1:] = order.argsort(dim=1) < n[:, None]                              # rank of a position < n
+    masked[:, 1:] = rank < n[:, None]
     return x0.masked_fill(masked, mask_id)
 
 
@@ -213,8 +213,10 @@ def step_weights(M: int, steps: int) -> Tensor:
 
     Float64[T, M], entry [j, n - 1] = (n / M) r_j Binomial(n; M, 1 - alpha_t), with r_j the probability of
     equation (2), 1 / (T - j) here. Every token is revealed exactly once, so the entries sum to 1. As T
-    grows the column sums tend to 1 / M: the uniform n of the continuous-time NELBO.
+    grows the column sums tend to 1 / M: the uniform n of the continuous-time NELBO. ValueError for T < 1.
     """
+    if steps < 1:
+        raise ValueError(f"a chain has at least 1 step, not {steps}")
     t = 1 - torch.arange(steps, dtype=torch.float64)[:, None] / steps              # [T, 1]
     n = torch.arange(1, M + 1, dtype=torch.float64)                                # [M]
     log_choose = math.lgamma(M + 1) - torch.lgamma(n + 1) - torch.lgamma(M - n + 1)
@@ -343,10 +345,11 @@ class AutoregressiveLM(nn.Module):
         """Continues x Long[B, P] (BOS and any prompt) to Long[B, length], one exact draw at a time.
 
         Keys and values of what was read are kept, so each new token costs one position. Raises ValueError
-        if `length` is more than the block.
+        if `length` is more than the block, or less than the prompt.
         """
-        if length > self.config.block_size:
-            raise ValueError(f"length {length} is more than the block of {self.config.block_size}")
+        if not x.shape[1] <= length <= self.config.block_size:
+            raise ValueError(f"length {length} is not between the prompt's {x.shape[1]} tokens and the block's "
+                             f"{self.config.block_size}")  # fmt: skip
         cache, new = [], x
         while x.shape[1] < length:
             hidden = self.transformer(self.transformer.embed(new), cache)          # [B, 1 or P, d]
@@ -507,7 +510,7 @@ def reveal_clock(masked: Tensor, steps: int, schedule: str = "linear", generator
     s = 1 - torch.arange(1, steps + 1, dtype=torch.float64, device=device) / steps
     u = torch.rand(masked.shape, dtype=torch.float64, device=device, generator=generator)
     step = torch.searchsorted(alpha(s, schedule), u, right=True)
-    return step.to(masked.device).masked_fill(~masked, steps)
+    return step.clamp(max=steps - 1).to(masked.device).masked_fill(~masked, steps)
 
 
 @dataclass
@@ -539,6 +542,8 @@ def sample_states(
     """`sample`, as a generator of SampleState: the start, then one state after each shared forward pass."""
     if steps < 1 or k < 1 or not 0 <= window <= 1:
         raise ValueError(f"needs steps >= 1, k >= 1, 0 <= window <= 1: got {steps}, {k}, {window}")
+    if energy is None or window == 0:
+        k = 1
     clock = reveal_clock(x == mask_id, steps, schedule, generator)                 # [B, L]
     nothing = torch.full((len(x),), float("nan"), device=x.device)
     count = torch.zeros_like(x[:, 0])
@@ -548,7 +553,7 @@ def sample_states(
         step = clock.min(dim=1).values                                             # each row's next event
         rows = (step < steps).nonzero()[:, 0]                                      # finished rows have left
         x_t, due = state.x[rows], clock[rows] == step[rows, None]
-        judged = (step[rows] < window * steps) & (energy is not None and k > 1)
+        judged = (step[rows] < window * steps) & (k > 1)
         where = due | (judged[:, None] & (x_t == mask_id))
         candidates, log_q = propose(denoiser(x_t, where), x_t, where, k, generator)
         chosen, ess = candidates[:, 0].clone(), nothing.clone()                    # [rows, L], [B]

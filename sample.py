@@ -447,7 +447,7 @@ def bench(args) -> list[dict]:
                   f"{row['ratio']:8.2f}{row['event_ms']:10.1f}{row['bare_ms']:9.1f}"
                   + (f"   peak {memory:.1f} GiB, plain {memory_plain:.1f}" if memory else ""))  # fmt: skip
     full = steps * config.block_size
-    print(f"plain: {steps} forwards, {full:,} rows a sequence ({min(steps, PLAIN_STEPS_TIMED)} steps timed, then scaled); "
+    print(f"plain: {steps} forwards, {full:,} rows a sequence ({min(steps, PLAIN_STEPS_TIMED)} steps timed, scaled); "
           "bare: one transformer forward of the whole batch, no vocabulary")  # fmt: skip
     return rows
 

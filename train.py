@@ -359,18 +359,19 @@ def keep_row(line: str, stage: str, step: int) -> bool:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def build(stage: str, config: edlm.Config, s: Settings, device):
+def build(stage: str, config: edlm.Config, tokenizer: str, s: Settings, device):
     """A new model of the stage, and for `energy` also the frozen denoiser that it corrects, else None."""
     if stage == "denoiser":
         return edlm.Denoiser(config).to(device), None
     if stage == "ar":
         return edlm.AutoregressiveLM(config).to(device), None
-    denoiser, _ = edlm.load_checkpoint(checkpoint_path(s.out, "denoiser"), device)
-    have, need = denoiser.config, config
-    if (have.vocab_size, have.block_size) != (need.vocab_size, need.block_size):
+    denoiser, content = edlm.load_checkpoint(checkpoint_path(s.out, "denoiser"), device)
+    have = (content["tokenizer"], denoiser.config.vocab_size, denoiser.config.block_size)
+    need = (tokenizer, config.vocab_size, config.block_size)
+    if have != need:
         raise ValueError(
-            f"{checkpoint_path(s.out, 'denoiser')} knows {have.vocab_size} tokens in blocks of {have.block_size}, "
-            f"{s.data} has {need.vocab_size} in blocks of {need.block_size}: train a denoiser on this data first"
+            f"{checkpoint_path(s.out, 'denoiser')} has (tokenizer, vocabulary, block) {have}, {s.data} {need}: "
+            "train a denoiser on this data first"
         )
     return edlm.NCEResidual.from_denoiser(denoiser).to(device), denoiser.requires_grad_(False)
 
@@ -411,7 +412,7 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
     """(model, frozen denoiser or None, ema, optimizers, step, facts to save beside the weights)."""
     config = edlm.Config(blocks.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
     torch.manual_seed(s.seed)
-    model, denoiser = build(stage, config, s, device)
+    model, denoiser = build(stage, config, blocks.tokenizer, s, device)
     ema = AveragedModel(model, multi_avg_fn=warm_ema(s.ema)).eval()
     optimizers = make_optimizers(model, s, device)
     extra = dict(tokenizer=blocks.tokenizer) | ({} if denoiser is None else dict(denoiser=edlm.fingerprint(denoiser)))
@@ -457,57 +458,54 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
     net.train()
     if rank == 0:
         make_room(s, stage, step)  # only now, when every setting has been tried
-    bar = tqdm(total=last, initial=step, desc=f"{stage:8}", unit="step", disable=rank > 0, mininterval=0.5)
     shown, mark = {}, (step, time.perf_counter())
+    bar = tqdm(total=last, initial=step, desc=f"{stage:8}", unit="step", disable=rank > 0, mininterval=0.5)
+    with bar:  # closed before a message is printed
+        while step < last:
+            rate = learning_rate(s, step, last)
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = rate
+            loss = torch.zeros((), device=device)
+            for i in range(accumulate):
+                x0 = next(loader).to(device, non_blocking=True)
+                torch.manual_seed(seed_of(s.seed, step, i * world + rank))
+                with net.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext():
+                    with autocast(device):
+                        part = training_loss(stage, net, denoiser, x0) / accumulate
+                    part.backward()
+                loss += part.detach()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            ema.update_parameters(model)
+            step += 1
+            bar.update()
 
-    while step < last:
-        rate = learning_rate(s, step, last)
-        for group in (g for o in optimizers for g in o.param_groups):
-            group["lr"] = rate
-        loss = torch.zeros((), device=device)
-        for i in range(accumulate):
-            x0 = next(loader).to(device, non_blocking=True)
-            torch.manual_seed(seed_of(s.seed, step, i * world + rank))
-            with net.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext():
-                with autocast(device):
-                    part = training_loss(stage, net, denoiser, x0) / accumulate
-                part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update_parameters(model)
-        step += 1
-        bar.update()
-
-        stopping = False
-        if step % s.log_every == 0 or step % s.save_every == 0 or step == last or (stop.number and world == 1):
-            stopping = agree(stop.number > 0, device, world)
-            loss = mean_over_ranks(loss, world)
-            if not math.isfinite(loss + norm):  # a bad gradient is in the weights already: neither may be saved
-                bar.close()
-                raise ValueError(
-                    f"{stage}: the loss is {loss}, its gradient norm {norm:g} at step {step}; "
-                    "the last good checkpoint is kept. Continue from it with a lower --lr in a new --out, or check the data"
-                )
-            now = time.perf_counter()
-            speed = (step - mark[0]) * s.batch_size * s.block_size / (now - mark[1])
-            mark = (step, now)
-            shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
-            write_log(s, rank, stage=stage, step=step, tokens=step * s.batch_size * s.block_size, loss=loss, lr=rate,
-                      grad_norm=float(norm), tokens_per_second=round(speed))  # fmt: skip
-        if rank == 0 and (step % s.eval_every == 0 or step == last):
-            held_out = validation_loss(stage, ema.module, denoiser, validation, s, device)
-            shown |= dict(val=f"{held_out:.3f}")
-            write_log(s, rank, stage=stage, step=step, val_loss=held_out)
-        bar.set_postfix(shown, refresh=False)
-        if rank == 0 and (step % s.save_every == 0 or step == last or stopping):
-            save_stage(s, stage, model, ema, optimizers, step, extra)
-        if stopping and step < last:
-            bar.close()
-            return False
-    bar.close()
+            stopping = False
+            if step % s.log_every == 0 or step % s.save_every == 0 or step == last or (stop.number and world == 1):
+                stopping = agree(stop.number > 0, device, world)
+                loss = mean_over_ranks(loss, world)
+                if not math.isfinite(loss + norm):  # a bad gradient is in the weights already: neither may be saved
+                    raise ValueError(
+                        f"{stage}: the loss is {loss:g}, its gradient norm {norm:g} at step {step}; the last good "
+                        "checkpoint is kept. Train anew with a lower --lr in another --out, or check the data"
+                    )
+                now = time.perf_counter()
+                speed = (step - mark[0]) * s.batch_size * s.block_size / (now - mark[1])
+                mark = (step, now)
+                shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
+                write_log(s, rank, stage=stage, step=step, tokens=step * s.batch_size * s.block_size, loss=loss,
+                          lr=rate, grad_norm=float(norm), tokens_per_second=round(speed))  # fmt: skip
+            if rank == 0 and (step % s.eval_every == 0 or step == last):
+                held_out = validation_loss(stage, ema.module, denoiser, validation, s, device)
+                shown |= dict(val=f"{held_out:.3f}")
+                write_log(s, rank, stage=stage, step=step, val_loss=held_out)
+            bar.set_postfix(shown, refresh=False)
+            if rank == 0 and (step % s.save_every == 0 or step == last or stopping):
+                save_stage(s, stage, model, ema, optimizers, step, extra)
+            if stopping and step < last:
+                return False
     return True
 
 
@@ -592,7 +590,8 @@ def no_energy(candidates, x_t, log_q):
 def evaluate(s: Settings, device, energies) -> list[dict]:
     """Rows of the perplexity table for the checkpoints in --out. Every model sees the same masks."""
     needed = {"denoiser"} | {edlm.ENERGIES[name][0] for name in energies} if energies else set()
-    stages = [stage for stage in STAGES if stage in needed or has_checkpoint(s.out, stage)] or ["denoiser"]
+    needed |= {stage for stage in ("denoiser", "ar") if has_checkpoint(s.out, stage)}  # rows of their own
+    stages = [stage for stage in STAGES if stage in needed] or ["denoiser"]
     models, tokenizer = edlm.load_models(s.out, stages, device)
     config = next(iter(models.values())).config
     blocks = evaluation_blocks(s, tokenizer, config)
