@@ -3,7 +3,7 @@
     python sample.py                                   plain diffusion beside EDLM, at the same number of steps
     python sample.py --energy nce --steps 16 --k 8     one setting; add --watch to see the masks go
     python sample.py --prompt "ben has a black"        continues a text
-    python sample.py --infill "ann and tom ___*3 pie." fills gaps: ___ is one masked token, ___*3 three
+    python sample.py --infill "tom ___*3 kite."        fills gaps: ___ is one masked token, ___*3 three
     python sample.py --compare --steps 4,8 --k 2,16    quality against cost, one row per setting
     python sample.py --bench                           speed against a plain transcription of Algorithm 1
 
