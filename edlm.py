@@ -778,13 +778,15 @@ def load_models(folder, stages, device="cpu") -> tuple[dict, str]:
     for stage in stages:
         path = os.path.join(folder, f"{stage}.pt")
         models[stage], content = load_checkpoint(path, device)
+        if content["kind"] != stage:
+            raise ValueError(f"{path} holds a model of kind {content['kind']}: it was renamed or copied by mistake")
         config = models[stage].config
         facts = (content["tokenizer"], config.vocab_size, config.block_size)
         first = first or facts
         if facts != first:
             raise ValueError(f"{path} has (tokenizer, vocabulary, block) {facts}, {stages[0]}.pt {first}: "
                              "train both on the same data")  # fmt: skip
-        if stage == "energy" and "denoiser" in models and content["denoiser"] != fingerprint(models["denoiser"]):
+        if stage == "energy" and "denoiser" in models and content.get("denoiser") != fingerprint(models["denoiser"]):
             raise ValueError(f"{path} belongs to another denoiser: train it anew with --stage energy --overwrite")
     return models, first[0]
 

@@ -232,7 +232,7 @@ def make_optimizers(model, s: Settings, device: torch.device) -> list[torch.opti
         dict(params=[p for p in rest if p.dim() >= 2], weight_decay=s.weight_decay),
         dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.999), fused=device.type == "cuda")]
+    optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.999), fused=device.type != "mps")]
     if inside:
         matrices = [p for p in model.parameters() if p in inside]
         # "match_rms_adamw" scales Muon's orthogonal step to the size of an AdamW step: one lr serves both
