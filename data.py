@@ -51,12 +51,12 @@ from tqdm import tqdm
 # A story is a template with its slots filled. A slot that occurs twice must say the same thing
 # twice: that long-range agreement is what a factorised denoiser breaks and what EDLM mends.
 # {he} agrees with {name}; {she} agrees with {friend}, who is never {name}. Which template it is
-# must be agreed upon too: its three verbs belong together.
+# must be agreed upon too: its last two verbs belong together.
 
 TOY_TEMPLATES = (
-    "{name} has a {colour} {object}. {he} gives the {object} to {friend}. {she} likes the {colour} {object}.",
-    "{name} finds a {colour} {object}. {he} shows the {object} to {friend}. {she} wants the {colour} {object}.",
-    "{name} makes a {colour} {object}. {he} sells the {object} to {friend}. {she} keeps the {colour} {object}.",
+    "{name} has a {colour} {object}. {he} gives it to {friend} today. {she} likes the {colour} {object}.",
+    "{name} has a {colour} {object}. {he} shows it to {friend} today. {she} wants the {colour} {object}.",
+    "{name} has a {colour} {object}. {he} sells it to {friend} today. {she} keeps the {colour} {object}.",
 )
 TOY_PRONOUNS = {"ben": "he", "tom": "he", "max": "he", "ann": "she", "sue": "she", "mia": "she"}
 TOY_SLOTS = {

@@ -1068,7 +1068,7 @@ def test_toy_stories_follow_the_language():
     stories = data.toy_stories(30000, seed=1)
     assert stories == data.toy_stories(30000, seed=1) != data.toy_stories(30000, seed=2)
     templates = Counter(
-        next(w for w in (" has a ", " finds a ", " makes a ") if w in s) for s in stories
+        next(w for w in (" gives ", " shows ", " sells ") if w in s) for s in stories
     )
     assert len(templates) == 3 and all(abs(n / 30000 - 1 / 3) < 0.02 for n in templates.values())
     assert -np.mean([data.toy_log_prob(story) for story in stories]) == pytest.approx(
@@ -1077,7 +1077,7 @@ def test_toy_stories_follow_the_language():
 
 
 def test_toy_validity_notices_every_broken_agreement():
-    good = "ben has a black boat. he gives the boat to ann. she likes the black boat."
+    good = "ben has a black boat. he gives it to ann today. she likes the black boat."
     assert data.toy_is_valid(good) and data.toy_log_prob(good) == pytest.approx(-math.log(3 * 6 * 5 * 4 * 4))
     for wrong, right in [
         ("he ", "she "),

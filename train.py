@@ -23,7 +23,7 @@ import signal
 import sys
 import textwrap
 import time
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -42,19 +42,19 @@ PRESETS = {
     # Minutes on two CPU cores. A block is one story: [EOT] + 19 words + [EOT].
     "toy": dict(
         data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64, dropout=0.0, optimizer="muon",
-        lr=0.018, weight_decay=0.0, warmup_steps=30, lr_schedule="cosine", grad_clip=1.0, ema=0.99,
-        batch_size=128, denoiser_steps=700, ar_steps=300, energy_steps=500, eval_every=200, save_every=200,
+        lr=0.018, energy_lr=0.008, weight_decay=0.0, warmup_steps=30, lr_schedule="cosine", grad_clip=1.0, ema=0.99,
+        batch_size=128, denoiser_steps=500, ar_steps=250, energy_steps=500, eval_every=200, save_every=200,
     ),
     # The paper's settings; width 768 because the paper's 784 does not divide into 12 heads.
     "text8": dict(
         data="data/text8", block_size=256, n_layer=12, n_head=12, n_embd=768, dropout=0.05, optimizer="adamw",
-        lr=3e-4, weight_decay=0.0, warmup_steps=2000, lr_schedule="cosine", grad_clip=1.0, ema=0.9999,
+        lr=3e-4, energy_lr=3e-4, weight_decay=0.0, warmup_steps=2000, lr_schedule="cosine", grad_clip=1.0, ema=0.9999,
         batch_size=512, denoiser_steps=1_000_000, ar_steps=1_000_000, energy_steps=10_000,
         eval_every=5000, save_every=2500,
     ),
     "owt": dict(
         data="data/openwebtext", block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.1,
-        optimizer="adamw", lr=3e-4, weight_decay=0.0, warmup_steps=2500, lr_schedule="constant",
+        optimizer="adamw", lr=3e-4, energy_lr=3e-4, weight_decay=0.0, warmup_steps=2500, lr_schedule="constant",
         grad_clip=1.0, ema=0.9999, batch_size=512, denoiser_steps=1_000_000, ar_steps=1_000_000,
         energy_steps=400_000, eval_every=5000, save_every=2500,
     ),
@@ -79,6 +79,7 @@ class Settings:
     dropout: float = option("dropout while training")
     optimizer: str = option("muon (for the blocks' matrices, AdamW for the rest) or adamw", choices=("muon", "adamw"))
     lr: float = option("peak learning rate")
+    energy_lr: float = option("peak learning rate of the energy, which starts from the trained denoiser")
     weight_decay: float = option("weight decay of matrices")
     warmup_steps: int = option("steps over which the learning rate rises")
     lr_schedule: str = option("constant, or cosine to zero, after the warm-up", choices=("constant", "cosine"))
@@ -106,6 +107,7 @@ class Settings:
     eval: bool = option("evaluate the checkpoints in --out instead of training", False)
     energy: str = option("--eval: one energy only", "", choices=("none", *edlm.ENERGIES))
     n: int = option("--eval: draws for log Z and for the marginals", 16)
+    passes: int = option("--eval: masks drawn for each validation block", 1)
     chain_steps: int = option("--eval: steps T of the chain (default: one token at a time)", 0)
     detokenize: str = option("--eval FILE: undo a corpus' own tokenisation", "", choices=CORPORA)
     json: str = option("--eval, --bench: also write the figures to this file", "")
@@ -113,14 +115,14 @@ class Settings:
 
     def __post_init__(self):
         positive = ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "eval_every", "save_every",
-                    "log_every", "eval_blocks", *(f"{stage}_steps" for stage in STAGES))  # fmt: skip
+                    "log_every", "eval_blocks", "passes", *(f"{stage}_steps" for stage in STAGES))  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, not {getattr(self, name)}")
         for name in ("max_steps", "micro_batch", "chain_steps", "warmup_steps", "seed"):  # of most, 0 is "not given"
             if not 0 <= getattr(self, name) < 2**63:
                 raise ValueError(f"--{name} must not be negative nor beyond 2**63: it is {getattr(self, name)}")
-        for name in ("lr", "grad_clip"):
+        for name in ("lr", "energy_lr", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be a number above 0, not {getattr(self, name)}")
         for name in ("dropout", "ema"):
@@ -241,13 +243,14 @@ def make_optimizers(model, s: Settings, device: torch.device) -> list[torch.opti
     return optimizers
 
 
-def learning_rate(s: Settings, step: int, last: int) -> float:
-    """Linear warm-up, then constant or a cosine to zero at `last`."""
+def learning_rate(s: Settings, stage: str, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero at the stage's last step."""
+    peak, last = s.energy_lr if stage == "energy" else s.lr, s.steps(stage)
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     if s.lr_schedule == "constant":
-        return s.lr * warm
+        return peak * warm
     done = max(0, step - s.warmup_steps) / max(1, last - s.warmup_steps)
-    return s.lr * warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return peak * warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
 def warm_ema(decay: float):
@@ -303,7 +306,7 @@ def save_stage(s: Settings, stage: str, model, ema, optimizers, step: int, extra
 
 def check_same_run(s: Settings, saved: dict, path) -> None:
     """A resumed run must be the same run: refuses a setting that changes what one step computes."""
-    decisive = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "lr", "weight_decay",
+    decisive = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "lr", "energy_lr", "weight_decay",
                 "warmup_steps", "lr_schedule", "grad_clip", "ema", "batch_size", "seed")  # fmt: skip
     for name in decisive:
         if getattr(s, name) != saved[name]:
@@ -462,7 +465,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
     bar = tqdm(total=last, initial=step, desc=f"{stage:8}", unit="step", disable=rank > 0, mininterval=0.5)
     with bar:  # closed before a message is printed
         while step < last:
-            rate = learning_rate(s, step, last)
+            rate = learning_rate(s, stage, step)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = rate
             loss = torch.zeros((), device=device)
@@ -535,7 +538,7 @@ def train(s: Settings) -> None:
             raise SystemExit(128 + stop.number if stop.number else 1)
     stop.restore()
     if rank == 0:
-        print_table(evaluate(s, device, energies=()))
+        print_table(evaluate(replace(s, passes=8), device, energies=()))
         print(f"next: python sample.py --out {s.out}    python train.py --eval --out {s.out}")
     if world > 1:
         dist.destroy_process_group()
@@ -598,13 +601,18 @@ def evaluate(s: Settings, device, energies) -> list[dict]:
     rows = []
     if isinstance(blocks, data.Blocks) and blocks.tokenizer == "toy":
         rows.append(table_row("language (floor)", "exact", torch.tensor([data.toy_entropy()]), config, tokenizer))
+    loader = batches(blocks, s.eval_blocks, config)
     for name, what, score in estimators(models, energies, s):
-        values = []
-        for i, x0 in enumerate(tqdm(batches(blocks, s.eval_blocks, config), desc=name[:24], leave=False)):
-            torch.manual_seed(seed_of(s.seed, i, 0))
-            with autocast(device):
-                values.append(score(x0=x0.to(device)).double().cpu())
-        rows.append(table_row(name, what, torch.cat(values), config, tokenizer))
+        nats = 0.0
+        with tqdm(total=s.passes * len(loader), desc=name[:32], leave=False) as bar, autocast(device):
+            for part in range(s.passes):
+                values = []
+                for i, x0 in enumerate(loader):
+                    torch.manual_seed(seed_of(s.seed, i, part))
+                    values.append(score(x0=x0.to(device)).double().cpu())
+                    bar.update()
+                nats += torch.cat(values) / s.passes                               # [sequences]
+        rows.append(table_row(name, what, nats, config, tokenizer))
     return rows
 
 
