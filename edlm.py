@@ -445,9 +445,9 @@ MAX_TOKENS = 2**16  # tokens that go through the energy in one call
 CDF_ELEMENTS = 2**21  # cumulative sums held at once: 16 MiB of float64
 
 
-def exact_device(like: Tensor) -> torch.device:
-    """Where float64 exists: exact sampling needs it, and Apple's GPU does not have it."""
-    return torch.device("cpu") if like.device.type == "mps" else like.device
+def exact_device(device: torch.device) -> torch.device:
+    """Where to draw for a model on `device`: exact sampling needs float64, which Apple's GPU does not have."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def categorical(logits: Tensor, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -460,7 +460,7 @@ def categorical(logits: Tensor, k: int, generator: torch.Generator | None = None
     N, V = logits.shape
     tokens = torch.empty(N, k, dtype=torch.long, device=logits.device)
     log_prob = torch.empty(N, k, device=logits.device)
-    device = exact_device(logits)
+    device = exact_device(logits.device)
     u = torch.rand(N, k, dtype=torch.float64, device=device, generator=generator)
     rows = max(1, CDF_ELEMENTS // V)
     for i in range(0, N, rows):
@@ -506,7 +506,7 @@ def reveal_clock(masked: Tensor, steps: int, schedule: str = "linear", generator
     can be drawn before the first forward pass: since alpha_1 = 0, P(step <= j) is alpha at the end of step
     j. Steps in which a row has nothing to reveal then cost it nothing. `steps` where nothing is masked.
     """
-    device = exact_device(masked)
+    device = exact_device(masked.device)
     s = 1 - torch.arange(1, steps + 1, dtype=torch.float64, device=device) / steps
     u = torch.rand(masked.shape, dtype=torch.float64, device=device, generator=generator)
     step = torch.searchsorted(alpha(s, schedule), u, right=True)
@@ -625,11 +625,12 @@ def bounds_from_energies(energy: Tensor) -> tuple[Tensor, Tensor]:
     B, n = energy.shape
     if n < 2:
         raise ValueError(f"the bounds on log Z leave one of n draws out: n is {n}, must be at least 2")
-    log_w = -energy.double() if energy.device.type != "mps" else -energy
+    log_w = -energy.to(exact_device(energy.device), torch.float64)
     T_n = log_mean_exp(log_w)
-    others = log_w[:, None].expand(B, n, n)[:, ~torch.eye(n, dtype=torch.bool, device=energy.device)]
+    others = log_w[:, None].expand(B, n, n)[:, ~torch.eye(n, dtype=torch.bool, device=log_w.device)]
     T_less = log_mean_exp(others.view(B, n, n - 1)).mean(dim=1)
-    return T_n, (2 * n - 1) * T_n - 2 * (n - 1) * T_less
+    upper = (2 * n - 1) * T_n - 2 * (n - 1) * T_less
+    return T_n.to(energy.device, energy.dtype), upper.to(energy.device, energy.dtype)
 
 
 def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class Drawn:
 
 def draw(run: Run, start: torch.Tensor, num: int, args, *, model="diffusion", energy="none", steps=1, k=1) -> Drawn:
     """`num` sequences from `start`, in batches that fit into memory."""
-    generator = torch.Generator(run.device).manual_seed(args.seed)
+    generator = torch.Generator(edlm.exact_device(run.device)).manual_seed(args.seed)
     L, mask_id = len(start), run.config.mask_id
     batch = min(num, max(1, LOGITS_AT_ONCE // (run.config.vocab_size * L)))
     begun, done, last_states, ess = time.perf_counter(), [], [], []
