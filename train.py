@@ -461,6 +461,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
     net.train()
     if rank == 0:
         make_room(s, stage, step)  # only now, when every setting has been tried
+    peak = matmul_rate(device) if on_gpu else None
     shown, mark = {}, (step, time.perf_counter())
     bar = tqdm(total=last, initial=step, desc=f"{stage:8}", unit="step", disable=rank > 0, mininterval=0.5)
     with bar:  # closed before a message is printed
@@ -498,6 +499,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
                 speed = (step - mark[0]) * s.batch_size * s.block_size / (now - mark[1])
                 mark = (step, now)
                 shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
+                shown |= gpu_figures(model, stage, speed / world, peak)
                 write_log(s, rank, stage=stage, step=step, tokens=step * s.batch_size * s.block_size, loss=loss,
                           lr=rate, grad_norm=float(norm), tokens_per_second=round(speed))  # fmt: skip
             if rank == 0 and (step % s.eval_every == 0 or step == last):
@@ -510,6 +512,20 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
             if stopping and step < last:
                 return False
     return True
+
+
+def gpu_figures(model, stage: str, tokens_per_second: float, peak: float | None) -> dict:
+    """For the progress bar on CUDA: memory, and the share of the measured matmul rate that training reaches.
+
+    The share is left out for the energy, whose steps also run the frozen denoiser.
+    """
+    if peak is None:
+        return {}
+    figures = dict(mem=f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB")
+    if stage in PROJECTED:
+        flops = flops_per_token(model.config, PROJECTED[stage]) * tokens_per_second
+        figures["mfu"] = f"{flops / peak:.0%}"
+    return figures
 
 
 def train(s: Settings) -> None:
@@ -661,6 +677,9 @@ def run_evaluation(s: Settings) -> None:
 # ---------------------------------------------------------------------------------------------------------
 
 
+PROJECTED = {"denoiser": 0.5, "ar": 1.0}  # share of positions that reach the vocabulary in a training step
+
+
 def flops_per_token(config: edlm.Config, projected: float) -> float:
     """Floating-point operations of one training step per token of the block: 3 times the forward pass.
 
@@ -730,7 +749,7 @@ def bench(s: Settings) -> None:
         memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
         rows.append(dict(step=name, seconds=took, tokens_per_second=x0.numel() / took, peak_gib=memory))
         del denoiser, optimizers
-    flops = flops_per_token(config, projected=0.5)
+    flops = flops_per_token(config, PROJECTED["denoiser"])
     peak = matmul_rate(device)
     share = flops * rows[0]["tokens_per_second"] / peak
     recompiles = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
