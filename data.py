@@ -18,6 +18,7 @@ The road of a text, which is also the order of this file:
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import http.client
@@ -1000,20 +1001,28 @@ class Parser(argparse.ArgumentParser):
 
 def pick_device(name=""):
     """torch.device of that name, or the first there is of cuda, mps, cpu. Raises ValueError if it is not there."""
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    there = [device for device, available in there.items() if available]
-    if name and name.split(":")[0] not in there:
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("", "cuda", *there) or (name == "cuda" and len(there) == 1):
         raise ValueError(f"no device {name!r} on this machine: choose from {', '.join(there)}")
-    try:
-        return torch.device(name or there[0])
-    except RuntimeError:
-        raise ValueError(f"{name!r} is not a device: choose from {', '.join(there)}") from None
+    device = torch.device(name or there[0])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def autocast(device):
+    """bf16 on CUDA, plain float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def run(prog, main):
     """Calls main(); a user's mistake (ValueError, OSError) becomes one plain line on stderr and exit code 2."""
     try:
         main()
+    except torch.OutOfMemoryError:
+        print(f"{prog}: error: out of GPU memory: lower --micro_batch or --max_tokens, --num", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -1074,7 +1083,9 @@ def main(argv=None):
     for split in ("train", "val", "test"):
         if f"{split}_tokens" in meta:
             print(f"  {split}: {meta[f'{split}_tokens']:,} tokens, {meta[f'{split}_documents']:,} documents")
-    print("next: python train.py" + ("" if out == SOURCES["toy"]["out"] else f" --data {out}"))
+    small = f" --data {out} --block_size 128 --n_layer 4 --n_embd 128 --batch_size 32"
+    presets = dict(toy="", text8=" --preset text8", openwebtext=" --preset owt", text=small)
+    print("next: python train.py" + presets[source] + (f" --data {out}" if source in ("text8", "openwebtext") else ""))
 
 
 if __name__ == "__main__":

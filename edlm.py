@@ -13,12 +13,15 @@ corrects the factorised proposal:
     (1)  forward     each token is masked with probability 1 - alpha_t, alpha_1 = 0, alpha_0 = 1
     (2)  reverse     from t to s < t a masked token is revealed with probability
                      (alpha_s - alpha_t) / (1 - alpha_t); a revealed token never changes (carry-over)
-    (3)  NELBO       sum over n = 1..M of (1/n) E_{|S| = n} [ sum_{i in S} -log mu_i(x0_i | x_S) ]
+    (3)  NELBO       sum over n = 1..M of (1/n) mean over |S| = n of sum_{i in S} -log mu_i(x0_i | x_S)
     (4)  EDLM        p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t)
     (5)  AR energy   E = -log p_AR(x0) + log mu(x0 | x_t)
     (6)  NCE loss    softplus(E(x0, x_t)) + softplus(-E(x0', x_t)),  x0 data, x0' ~ mu(. | x_t)
-    (7)  sampling    draw k candidates from mu, keep one with probability softmax(-E)         (Algorithm 1)
+    (7)  sampling    draw k candidates from mu, keep one with probability softmax(-E), reveal its masked
+                     tokens by (2)                                                           (Algorithm 1)
     (8)  partition   E[T_n] <= log Z <~ E[(2n - 1) T_n - 2 (n - 1) T_{n-1}]                    (Theorem 1)
+    (9)  joint       (3) with the sum over S replaced by -log mu(x0 | x_S) + E(x0, x_S) + log Z(x_S)
+    (10) chain       -log p_U = -log mu_U(x0_U) - log E_rest[exp(-E(x0_U, rest))] + log Z, rest ~ mu
 
 Symbols and shapes, the same everywhere:
 
@@ -31,6 +34,9 @@ Symbols and shapes, the same everywhere:
     logits  Float[N, V]    denoiser(x_t, where); anything callable so is a denoiser
     log_q   Float[B, K]    log-probability of a candidate's masked tokens under the denoiser, nats
     energy  Float[B, K]    energy(candidates Long[B, K, L], x_t, log_q); low means real
+    mu      the denoiser's distribution;  E energy, Z its normaliser;  T_n = log mean_j exp(-E(x^(j), x_t))
+            of n draws x^(j) ~ mu;  S the masked positions, x_S x0 with S masked, U in S those that one
+            step reveals
     t       time           1 all masked, 0 all clean; step j of T goes from t = 1 - j/T to s = 1 - (j+1)/T
 
 Why BOS: rotary attention sees only differences of positions, so a sequence of nothing but masks looks the
@@ -38,6 +44,7 @@ same from everywhere. One known token at the start gives it a sense of place. Th
 same token, so all models are scored on the same M tokens.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -105,17 +112,25 @@ class Block(nn.Module):
         B, L, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)                            # [B, heads, L, D]
-        later = None
+        visible = None
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
-            later = torch.ones(L, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - L)
+            visible = torch.ones(L, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - L)
         a = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=later, is_causal=self.causal and past is None
+            q, k, v, attn_mask=visible, is_causal=self.causal and past is None
         )
         a = self.attn_out(a.transpose(1, 2).reshape(B, L, d))                      # [B, L, d]
         h = h + F.dropout(a, self.dropout, self.training)
         m = self.mlp_out(F.gelu(self.mlp_in(self.norm2(h)), approximate="tanh"))
         return h + F.dropout(m, self.dropout, self.training), (k, v)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Normal weights of standard deviation 0.02 and zero biases, as in GPT-2."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 class Transformer(nn.Module):
@@ -135,17 +150,10 @@ class Transformer(nn.Module):
         angle = torch.outer(torch.arange(config.block_size), 10000 ** -(torch.arange(half) / half))
         self.register_buffer("cos", angle.cos(), persistent=False)                 # [L, D / 2]
         self.register_buffer("sin", angle.sin(), persistent=False)
-        self.apply(self._init)
+        self.apply(init_weights)
         for block in self.blocks:  # the residual stream is a sum of 2 n_layer branches: keep its variance
             for out in (block.attn_out, block.mlp_out):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.n_layer))
-
-    @staticmethod
-    def _init(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
 
     def forward(self, h: Tensor, cache: list | None = None) -> Tensor:
         """Embeddings Float[B, L, d] -> hidden states Float[B, L, d].
@@ -160,7 +168,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             h, keys_values = block(h, cos, sin, cache[i] if start else None)
             if cache is not None:
-                cache[i : i + 1] = [keys_values]
+                cache[i : i + 1] = [keys_values]                                   # append, later replace
         return self.norm(h)
 
 
@@ -208,6 +216,7 @@ def mask_counts(B: int, M: int, *, steps: int | None = None, device=None) -> Ten
     return torch.searchsorted(edges.to(u), u, right=True).clamp(max=M - 1) + 1
 
 
+@functools.cache
 def step_weights(M: int, steps: int) -> Tensor:
     """Share of the loss that step j of a T-step linear chain charges to sets of n masked tokens.
 
@@ -241,7 +250,7 @@ class Denoiser(nn.Module):
         self.config = config
         self.transformer = Transformer(config, causal=False)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
-        self.head.apply(Transformer._init)
+        init_weights(self.head)
 
     def forward(self, x_t: Tensor, where: Tensor) -> Tensor:
         """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V]; only those N rows are projected."""
@@ -269,6 +278,53 @@ def nelbo(denoiser, x0: Tensor, *, mask_id: int) -> Tensor:
     return -token_log_prob(denoiser(x_t, where), x0, where).sum(dim=1) * M / n     # [B]
 
 
+CDF_ELEMENTS = 2**23  # cumulative sums held at once: 64 MiB of float64
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where to draw for a model on `device`: exact sampling needs float64, which Apple's GPU does not have."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def categorical(logits: Tensor, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """k independent exact draws from each row of logits Float[N, V]: tokens Long[N, k], log-probs [N, k].
+
+    The inverse of one float64 cumulative sum per row serves all k draws. The usual argmax of logits plus
+    Gumbel noise needs k V random numbers and, in float32, can never draw the rarest tokens: its noise ends
+    near 16.6, a silent drop in temperature (Zheng et al., arXiv:2409.02908).
+    """
+    N, V = logits.shape
+    tokens = torch.empty(N, k, dtype=torch.long, device=logits.device)
+    log_prob = torch.empty(N, k, device=logits.device)
+    device = exact_device(logits.device)
+    u = torch.rand(N, k, dtype=torch.float64, device=device, generator=generator)
+    rows = max(1, CDF_ELEMENTS // V)
+    for i in range(0, N, rows):
+        p = logits[i : i + rows].to(device, torch.float64).softmax(dim=1)
+        cdf = p.cumsum(dim=1)                                                      # [rows, V]
+        drawn = torch.searchsorted(cdf, u[i : i + rows] * cdf[:, -1:], right=True).clamp(max=V - 1)
+        tokens[i : i + rows] = drawn.to(tokens.device)
+        log_prob[i : i + rows] = p.gather(1, drawn).log().to(log_prob)
+    return tokens, log_prob
+
+
+def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]:
+    """k completions of x_t at `where`, tokens independent of each other: Long[B, k, L], log_q Float[B, k]."""
+    tokens, log_prob = categorical(logits, k, generator)                           # [N, k]
+    candidates = x_t[:, None].repeat(1, k, 1)                                      # [B, k, L]
+    candidates.transpose(1, 2)[where] = tokens
+    row = where.nonzero()[:, 0]                                                    # [N]
+    log_q = torch.zeros(len(x_t), k, device=x_t.device).index_add(0, row, log_prob)
+    return candidates, log_q
+
+
+def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:
+    """log_q Float[B, K] of given candidates Long[B, K, L] under logits Float[N, V] at `where` Bool[B, L]."""
+    log_mu = logits.float().log_softmax(dim=1).gather(1, candidates.transpose(1, 2)[where])       # [N, K]
+    row = where.nonzero()[:, 0]
+    return torch.zeros(candidates.shape[:2], device=logits.device).index_add(0, row, log_mu)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # 4. The autoregressive model
 # ---------------------------------------------------------------------------------------------------------
@@ -284,11 +340,7 @@ class AutoregressiveLM(nn.Module):
         self.config = config
         self.transformer = Transformer(config, causal=True)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
-        self.head.apply(Transformer._init)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same as `log_prob`: what a training wrapper calls."""
-        return self.log_prob(x)
+        init_weights(self.head)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x_i | x_<i), nats, float32: x Long[B, L] -> Float[B, L], 0 at position 0 (BOS is given)."""
@@ -296,6 +348,8 @@ class AutoregressiveLM(nn.Module):
         hidden = self.transformer(self.transformer.embed(x[:, :-1]))               # token i is read off i - 1
         log_p = self._project(hidden.flatten(0, 1), x[:, 1:].flatten())            # [B (L - 1)]
         return F.pad(log_p.view(B, L - 1), (1, 0))
+
+    forward = log_prob  # what a training wrapper calls
 
     def candidate_log_prob(self, candidates: Tensor, where: Tensor) -> Tensor:
         """The sum over `where` of log p(x_i | x_<i), for K candidates of each row at the least cost.
@@ -337,7 +391,7 @@ class AutoregressiveLM(nn.Module):
         rows = max(1, PROJECTION_ELEMENTS // self.config.vocab_size)
         pairs = list(zip(hidden.split(rows), target.split(rows), strict=True))
         if torch.is_grad_enabled() and len(pairs) > 1:
-            return torch.cat([checkpoint(chunk, h, y, use_reentrant=False) for h, y in pairs])
+            return torch.cat([checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pairs])
         return torch.cat([chunk(h, y) for h, y in pairs])
 
     @torch.no_grad()
@@ -378,7 +432,8 @@ class ARResidual:
         """candidates Long[B, K, L], x_t Long[B, L], log_q Float[B, K] -> energy Float[B, K], nats."""
         where = x_t == self.ar.config.mask_id
         if not self.carry_over:
-            where = torch.ones_like(where).index_fill(1, where.new_zeros(1, dtype=torch.long), False)
+            where = torch.ones_like(where)
+            where[:, 0] = False
         return log_q - self.ar.candidate_log_prob(candidates, where)
 
 
@@ -400,7 +455,7 @@ class NCEResidual(nn.Module):
 
     @classmethod
     def from_denoiser(cls, denoiser: Denoiser) -> "NCEResidual":
-        """A new energy that starts from the denoiser's transformer, reading x0 at first, and says 0."""
+        """A new energy with the denoiser's transformer, fed x0 plus a random view of x_t; it says 0 at first."""
         energy = cls(denoiser.config)
         energy.transformer.load_state_dict(denoiser.transformer.state_dict())
         nn.init.eye_(energy.join_x0.weight)
@@ -409,18 +464,18 @@ class NCEResidual(nn.Module):
         return energy
 
     def forward(self, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
-        """candidates Long[B, K, L], x_t Long[B, L] -> energy Float[B, K]; log_q is not needed."""
+        """candidates Long[B, K, L], x_t Long[B, L] -> energy Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]    # [B, K, L, d]
         h = self.transformer(h.flatten(0, 1)).mean(dim=1)                          # [B K, d]
-        return self.mlp_out(F.relu(self.mlp_in(h))).view(log_q.shape).float()      # [B, K]
+        return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2]).float()  # [B, K]
 
 
 def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
     """Noise-contrastive estimation, equation (6): a scalar, mean over the batch.
 
     Real or not? The positive is x0 with its own x_t, the negative one draw of the frozen denoiser for the
-    same x_t. The optimum is E = log mu(x0 | x_t) - log q(x0 | x_t), so that (4) is the true posterior.
+    same x_t. At the optimum exp(-E) is the data's p(x0 | x_t) over mu(x0 | x_t): (4) is the true posterior.
     Raises ValueError if the denoiser is in training mode: its dropout would draw negatives from another
     model than the one that proposes when sampling.
     """
@@ -430,10 +485,10 @@ def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
     where = x_t == mask_id
     with torch.no_grad():
         logits = denoiser(x_t, where)
-        negatives, log_q = propose(logits, x_t, where, 1)
-        log_q0 = token_log_prob(logits, x0, where).sum(dim=1, keepdim=True)
-    pair = torch.cat((x0[:, None], negatives), dim=1)                              # [B, 2, L]
-    e_real, e_fake = energy(pair, x_t, torch.cat((log_q0, log_q), dim=1)).unbind(dim=1)
+        negatives, _ = propose(logits, x_t, where, 1)
+        pair = torch.cat((x0[:, None], negatives), dim=1)                          # [B, 2, L]
+        log_q = candidate_log_q(logits, pair, where)                               # [B, 2]
+    e_real, e_fake = energy(pair, x_t, log_q).unbind(dim=1)
     return (F.softplus(e_real) + F.softplus(-e_fake)).mean()
 
 
@@ -442,44 +497,6 @@ def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------
 
 MAX_TOKENS = 2**16  # tokens that go through the energy in one call
-CDF_ELEMENTS = 2**21  # cumulative sums held at once: 16 MiB of float64
-
-
-def exact_device(device: torch.device) -> torch.device:
-    """Where to draw for a model on `device`: exact sampling needs float64, which Apple's GPU does not have."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def categorical(logits: Tensor, k: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """k independent exact draws from each row of logits Float[N, V]: tokens Long[N, k], log-probs [N, k].
-
-    The inverse of one float64 cumulative sum per row serves all k draws. The usual argmax of logits plus
-    Gumbel noise needs k V random numbers and, in float32, can never draw the rarest tokens: its noise ends
-    near 16.6, a silent drop in temperature (Zheng et al., arXiv:2409.02908).
-    """
-    N, V = logits.shape
-    tokens = torch.empty(N, k, dtype=torch.long, device=logits.device)
-    log_prob = torch.empty(N, k, device=logits.device)
-    device = exact_device(logits.device)
-    u = torch.rand(N, k, dtype=torch.float64, device=device, generator=generator)
-    rows = max(1, CDF_ELEMENTS // V)
-    for i in range(0, N, rows):
-        p = logits[i : i + rows].to(device, torch.float64).softmax(dim=1)
-        cdf = p.cumsum(dim=1)                                                      # [rows, V]
-        drawn = torch.searchsorted(cdf, u[i : i + rows] * cdf[:, -1:], right=True).clamp(max=V - 1)
-        tokens[i : i + rows] = drawn.to(tokens.device)
-        log_prob[i : i + rows] = p.gather(1, drawn).log().to(log_prob)
-    return tokens, log_prob
-
-
-def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]:
-    """k completions of x_t at `where`, tokens independent of each other: Long[B, k, L], log_q Float[B, k]."""
-    tokens, log_prob = categorical(logits, k, generator)                           # [N, k]
-    candidates = x_t[:, None].repeat(1, k, 1)                                      # [B, k, L]
-    candidates.transpose(1, 2)[where] = tokens
-    row = where.nonzero()[:, 0]                                                    # [N]
-    log_q = torch.zeros(len(x_t), k, device=x_t.device).index_add(0, row, log_prob)
-    return candidates, log_q
 
 
 def importance_weights(energy: Tensor) -> Tensor:
@@ -539,9 +556,15 @@ def sample_states(
     generator: torch.Generator | None = None,
     max_tokens: int = MAX_TOKENS,
 ):
-    """`sample`, as a generator of SampleState: the start, then one state after each shared forward pass."""
+    """`sample`, as a generator of SampleState: the start, then the state after each event.
+
+    An event is one forward pass, shared by all rows that still have something to reveal; each such row
+    moves on to its own next step that reveals a token. Arguments and errors are those of `sample`.
+    """
     if steps < 1 or k < 1 or not 0 <= window <= 1:
         raise ValueError(f"needs steps >= 1, k >= 1, 0 <= window <= 1: got {steps}, {k}, {window}")
+    if (x[:, 0] == mask_id).any():
+        raise ValueError("x[:, 0] must be BOS: it is given to every model and cannot be masked")
     if energy is None or window == 0:
         k = 1
     clock = reveal_clock(x == mask_id, steps, schedule, generator)                 # [B, L]
@@ -560,7 +583,7 @@ def sample_states(
         if judged.any():
             few = candidates[judged]
             weights = importance_weights(in_chunks(energy, few, x_t[judged], log_q[judged], max_tokens))
-            pick, _ = categorical(weights.log(), 1, generator)
+            pick, _ = categorical(weights.log(), 1, generator)                     # log: it wants logits
             chosen[judged] = few[torch.arange(len(few), device=x.device), pick[:, 0]]
             ess[rows[judged]] = 1 / weights.square().sum(dim=1)
         state = SampleState(
@@ -587,7 +610,8 @@ def sample(
 
     At most min(steps, masked tokens) forward passes a sequence, however large `steps` is. The law is that
     of the chain of `steps` steps, for any batch size; only floating-point rounding stands between. Raises
-    ValueError for steps < 1, k < 1, window outside [0, 1] or an unknown schedule.
+    ValueError for steps < 1, k < 1, window outside [0, 1], an unknown schedule or a masked x[:, 0]. Models
+    must be in evaluation mode; a generator must live on the model's device (on the CPU for Apple's GPU).
 
     >>> x = torch.full((4, 21), mask_id); x[:, 0] = bos             # four empty sequences
     >>> edlm.sample(denoiser, x, mask_id=mask_id, steps=8, energy=edlm.ARResidual(ar), k=16)
@@ -603,12 +627,15 @@ def sample(
 # ---------------------------------------------------------------------------------------------------------
 # 7. What perplexity means
 # ---------------------------------------------------------------------------------------------------------
-# The NELBO (3) charges a token -log p_i for being revealed on its own. With an energy, p(x0 | x_t) is not a
+# The NELBO (3) charges a token -log mu_i for being revealed on its own. With an energy, p(x0 | x_t) is not a
 # product, and two different numbers can be meant:
-#   joint   replace the sum over S by -log p(x0_S | x_S). The paper's formula and its published tables. Not a
-#           bound on what the sampler does: it charges the joint cost times the reveal probability, though a
-#           step that reveals U costs -log of the *marginal* p_U. The two agree only for a product.
-#   chain   charge each step the marginal it really used. A bound on the sampler's negative log-likelihood.
+#   joint (9)   the paper's formula and its published tables. It charges the joint cost of all masked tokens
+#               times the share of them that is revealed, though a step that reveals U costs -log p_U, the
+#               *marginal* of U. The two agree only for a product. Two bits that are always equal: the truth
+#               is 1 bit; with the exact posterior (9) says 0.75 for two steps, and tends to 0.5.
+#   chain (10)  charges each step the marginal it really used: a bound on the negative log-likelihood of the
+#               chain that draws exactly from (4) under the linear schedule, the law that `sample` tends to as
+#               k grows (window = 1).
 
 
 def log_mean_exp(a: Tensor) -> Tensor:
@@ -625,19 +652,13 @@ def bounds_from_energies(energy: Tensor) -> tuple[Tensor, Tensor]:
     B, n = energy.shape
     if n < 2:
         raise ValueError(f"the bounds on log Z leave one of n draws out: n is {n}, must be at least 2")
-    log_w = -energy.to(exact_device(energy.device), torch.float64)
+    log_w = -energy.to(exact_device(energy.device), torch.float64)  # 2n - 1 would multiply rounding errors
     T_n = log_mean_exp(log_w)
-    others = log_w[:, None].expand(B, n, n)[:, ~torch.eye(n, dtype=torch.bool, device=log_w.device)]
-    T_less = log_mean_exp(others.view(B, n, n - 1)).mean(dim=1)
+    left_out = torch.eye(n, dtype=torch.bool, device=log_w.device)
+    others = log_w[:, None].expand(B, n, n).masked_fill(left_out, -math.inf)       # [B, n, n]
+    T_less = (others.logsumexp(dim=2) - math.log(n - 1)).mean(dim=1)
     upper = (2 * n - 1) * T_n - 2 * (n - 1) * T_less
     return T_n.to(energy.device, energy.dtype), upper.to(energy.device, energy.dtype)
-
-
-def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:
-    """log_q Float[B, K] of given candidates Long[B, K, L] under logits Float[N, V] at `where` Bool[B, L]."""
-    log_mu = logits.float().log_softmax(dim=1).gather(1, candidates.transpose(1, 2)[where])       # [N, K]
-    row = where.nonzero()[:, 0]
-    return torch.zeros(candidates.shape[:2], device=logits.device).index_add(0, row, log_mu)
 
 
 @torch.no_grad()
@@ -655,11 +676,12 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
 def joint_nelbo(
     denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: int | None = None, log_partition="upper"
 ) -> Tensor:
-    """The paper's perplexity estimator: (3) with log p(x0 | x_t) = log mu - E - log Z. Float[B], nats.
+    """The paper's perplexity estimator, equation (9): Float[B], nats per sequence.
 
     One unbiased draw per row of the formula for a chain of `steps` steps (None: continuous time).
-    log_partition: "upper" or "lower" end of (8) from n draws, or "exact" where Z = 1 (EDLM-coAR; n unused).
-    Not a bound on the sampler's likelihood: see the head of this section.
+    log_partition: "upper" or "lower" end of (8) from n draws, or "exact": log Z = 0, true of EDLM-coAR and of
+    no energy only (n is then unused). Not a bound on the sampler's likelihood: see the head of this section.
+    Raises ValueError for another log_partition, n < 2 with a bound, or steps < 1.
     """
     if log_partition not in ("upper", "lower", "exact"):
         raise ValueError(f"log_partition must be upper, lower or exact, not {log_partition!r}")
@@ -668,8 +690,8 @@ def joint_nelbo(
     x_t = mask_tokens(x0, count, mask_id=mask_id)
     where = x_t == mask_id
     logits = denoiser(x_t, where)
-    log_mu = token_log_prob(logits, x0, where).sum(dim=1)                          # [B]
-    log_p = log_mu - energy(x0[:, None], x_t, log_mu[:, None])[:, 0]
+    log_q = candidate_log_q(logits, x0[:, None], where)                            # [B, 1]
+    log_p = (log_q - energy(x0[:, None], x_t, log_q))[:, 0]                        # [B]
     if log_partition != "exact":
         candidates, log_q = propose(logits, x_t, where, n)
         lower, upper = bounds_from_energies(in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS))
@@ -679,11 +701,11 @@ def joint_nelbo(
 
 @torch.no_grad()
 def chain_nelbo(denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: int | None = None) -> Tensor:
-    """A valid bound on the negative log-likelihood of the T-step chain: Float[B], nats per sequence.
+    """A bound on the negative log-likelihood of the T-step chain that draws from (4): Float[B], nats.
 
-    A step that reveals U of the masked S costs -log p_U = -log mu_U - log E_rest[exp(-E(x0_U, rest))]
-    + log Z, both expectations over the denoiser's draws (n each, the same ones; T_n for the first and the
-    upper end of (8) for the second, so that the estimate errs upward). Weighing a step by |U|, as the sum
+    A step that reveals U of the masked S costs (10), both expectations over the denoiser's draws (n each,
+    the same ones; T_n for the first and the upper end of (8) for log Z, so that the estimate errs upward
+    once n is large enough for (8); raises ValueError for n < 2). Weighing a step by |U|, as the sum
     over tokens does, makes U one uniform member of S plus every other with the step's reveal probability;
     for steps=None that probability is 0: one token at a time, any-order autoregression by the EBM.
     The factorised part is averaged over all of S, so a zero energy gives `nelbo` for the same masks.
@@ -706,7 +728,7 @@ def chain_nelbo(denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: in
     # x0 on U, the proposal's draw on the rest, and the proposal's probability of both
     clamped = torch.where(revealed[:, None], x0[:, None], candidates)
     log_q = candidate_log_q(logits, clamped, where)
-    log_rest = log_mean_exp(-in_chunks(energy, clamped, x_t, log_q, MAX_TOKENS).to(log_z))
+    log_rest = log_mean_exp(-in_chunks(energy, clamped, x_t, log_q, MAX_TOKENS))   # [B]
     return -log_mu.sum(dim=1) * M / count + (log_z - log_rest) * M / revealed.sum(dim=1)
 
 
@@ -721,7 +743,7 @@ def fingerprint(model: nn.Module) -> str:
     """A short hash of a model's weights: how an energy remembers the denoiser that it corrects."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -729,9 +751,12 @@ def save_checkpoint(path, model: nn.Module, *, tokenizer: str, **extra) -> None:
     """Writes weights, config, tokenizer name and `extra` (training state: tensors and plain values).
 
     The file appears whole or not at all: it is written under a temporary name, flushed to disk and renamed.
-    Raises OSError if it cannot be written; an older file at `path` is then still there.
+    Raises OSError if it cannot be written (an older file at `path` is then still there) and ValueError for
+    anything but the three models of this file.
     """
-    kind = next(name for name, cls in KINDS.items() if isinstance(model, cls))
+    kind = next((name for name, cls in KINDS.items() if isinstance(model, cls)), None)
+    if kind is None:
+        raise ValueError(f"cannot save a {type(model).__name__}: give the bare model, one of {', '.join(KINDS)}")
     content = dict(
         kind=kind, config=asdict(model.config), tokenizer=tokenizer, weights=model.state_dict(), **extra
     )
@@ -756,11 +781,13 @@ def load_checkpoint(path, device="cpu") -> tuple[nn.Module, dict]:
     if not os.path.exists(path):
         raise FileNotFoundError(f"no checkpoint {path}: run python train.py first")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         model = KINDS[content["kind"]](Config(**content["config"]))
         model.load_state_dict(content.pop("weights"))
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # torch raises many kinds for a cut or foreign file
-        reason = str(error).split("\n")[0][:120]
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:120]
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
     return model.to(device).eval(), content
 

@@ -125,7 +125,9 @@ def load_run(args) -> Run:
     wanted = {"ar"} if args.model == "ar" else {"denoiser"}
     if args.energy in edlm.ENERGIES:
         wanted.add(edlm.ENERGIES[args.energy][0])
-    models, tokenizer = edlm.load_models(args.out, sorted(wanted | set(stages)), device)
+    if args.compare or (args.energy is None and args.model is None):  # whatever was trained is shown
+        wanted |= set(stages)
+    models, tokenizer = edlm.load_models(args.out, sorted(wanted), device)
     return Run(models, data.get_tokenizer(tokenizer), device)
 
 
@@ -171,25 +173,26 @@ def draw(run: Run, start: torch.Tensor, num: int, args, *, model="diffusion", en
     L, mask_id = len(start), run.config.mask_id
     batch = min(num, max(1, LOGITS_AT_ONCE // (run.config.vocab_size * L)))
     begun, done, last_states, ess = time.perf_counter(), [], [], []
-    for i in range(0, num, batch):
-        x = start.to(run.device).repeat(min(batch, num - i), 1)
-        if model == "ar":
-            done.append(run.models["ar"].sample(x[:, : int((start != mask_id).sum())], L, generator))
-            continue
-        states = edlm.sample_states(
-            run.models["denoiser"], x, mask_id=mask_id, steps=steps, k=k, window=args.window, schedule=args.schedule,
-            energy=None if energy == "none" else edlm.make_energy(energy, run.models), generator=generator,
-            max_tokens=args.max_tokens,
-        )  # fmt: skip
-        for state in states:
-            ess.append(state.ess)
-            if args.watch and i == 0:
-                print(f"t = {state.t[0]:.3f}  {data.decode(run.tokenizer, state.x[0].tolist())}")
-        done.append(state.x)
-        last_states.append(state)
+    with data.autocast(run.device):
+        for i in range(0, num, batch):
+            x = start.to(run.device).repeat(min(batch, num - i), 1)
+            if model == "ar":
+                done.append(run.models["ar"].sample(x[:, : int((start != mask_id).sum())], L, generator))
+                continue
+            states = edlm.sample_states(
+                run.models["denoiser"], x, mask_id=mask_id, steps=steps, k=k, window=args.window,
+                energy=None if energy == "none" else edlm.make_energy(energy, run.models),
+                schedule=args.schedule, generator=generator, max_tokens=args.max_tokens,
+            )  # fmt: skip
+            for state in states:
+                ess.append(state.ess)
+                if args.watch and i == 0:
+                    print(f"t = {state.t[0]:.3f}  {data.decode(run.tokenizer, state.x[0].tolist())}")
+            done.append(state.x)
+            last_states.append(state)
     drawn = Drawn(torch.cat(done).cpu(), time.perf_counter() - begun)
     if last_states:
-        mean = lambda field: torch.cat([getattr(s, field) for s in last_states]).double().mean().item()  # noqa: E731
+        mean = lambda field: torch.cat([getattr(s, field) for s in last_states]).float().mean().item()  # noqa: E731
         drawn.denoiser_forwards, drawn.energy_forwards = mean("denoiser_forwards"), mean("energy_forwards")
         drawn.projected_rows = mean("projected")
         mean_ess = torch.cat(ess).nanmean().item()
@@ -224,7 +227,8 @@ def unigram_entropy(x: torch.Tensor) -> float:
 def ar_perplexity(run: Run, x: torch.Tensor) -> float:
     """exp of the mean negative log-probability per token under the run's own AR model."""
     batch = max(1, edlm.MAX_TOKENS // x.shape[1])
-    log_p = [run.models["ar"].log_prob(part.to(run.device)).sum().item() for part in x.split(batch)]
+    with data.autocast(run.device):
+        log_p = [run.models["ar"].log_prob(part.to(run.device)).sum().item() for part in x.split(batch)]
     return math.exp(-sum(log_p) / x[:, 1:].numel())
 
 
@@ -416,7 +420,6 @@ def bench(args) -> list[dict]:
     denoiser = edlm.Denoiser(config).to(device).eval()
     ar = edlm.AutoregressiveLM(config).to(device).eval()
     steps, k = (args.steps or [config.block_size])[0], (args.k or [4])[0]
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
     print(f"{args.bench} on {device}: {BENCHES[args.bench]}, {steps} steps, k = {k} for EDLM-AR")
     print(f"{'':18}{'forwards':>10}{'rows':>12}{'seconds':>10}{'plain':>10}{'ratio':>8}{'ms/event':>10}{'bare ms':>9}")
     rows = []
@@ -429,7 +432,7 @@ def bench(args) -> list[dict]:
         ):
             ours = dict(mask_id=config.mask_id, steps=steps, energy=energy, k=k if energy else 1)
             plain = dict(ours, energy=plain_energy, stop_after=PLAIN_STEPS_TIMED)
-            with autocast:
+            with data.autocast(device):
                 for _ in range(2):  # the first is a warm-up
                     bare, _, _ = timed(lambda x=x: denoiser.transformer(denoiser.transformer.embed(x)), device)
                 states = lambda x=x, ours=ours: list_last(edlm.sample_states(denoiser, x, **ours))  # noqa: E731

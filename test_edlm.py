@@ -1835,7 +1835,7 @@ def test_command_line_makes_data_and_never_overwrites_it(tmp_path, monkeypatch, 
     data.main(["toy"])  # quietly used again
     Path("mine.txt").write_text("\n\n".join("abcdefghijklmnopqrst"))
     data.main(["mine.txt", "--tokenizer", "bytes"])
-    assert capsys.readouterr().out.endswith("next: python train.py --data data/mine\n")
+    assert capsys.readouterr().out.split("next: ")[-1].startswith("python train.py --data data/mine --block_size")
     meta = data.read_meta("data/mine")
     assert (meta["train_documents"], meta["val_documents"], meta["tokenizer"]) == (18, 2, "bytes")
     before = contents("data/mine")
@@ -2435,7 +2435,8 @@ def test_log_rows(toy_out):
             assert row.keys() == {"stage", "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
             assert row["tokens"] == row["step"] * 8 * 21 and row["grad_norm"] > 0 and row["tokens_per_second"] > 0
         # warm-up of two steps, then a cosine that would reach 0 at step 4
-        assert [row["lr"] / train.PRESETS["toy"]["lr"] for row in steps] == pytest.approx([0.5, 1, 1, 0.5])
+        peak = train.PRESETS["toy"]["energy_lr" if stage == "energy" else "lr"]
+        assert [row["lr"] / peak for row in steps] == pytest.approx([0.5, 1, 1, 0.5])
         held_out = [row for row in rows if row["stage"] == stage and "val_loss" in row]
         assert [row["step"] for row in held_out] == [2, 4]
     # near the start: uniform guesses of words, and no idea of what is real
@@ -2932,6 +2933,7 @@ def test_readme_commands_run(run_dir, monkeypatch, capsys):
 def test_readme_python_runs(run_dir, capsys):
     if any("matplotlib" in block for block in code_blocks("python")):
         pytest.importorskip("matplotlib").use("Agg")
+    data.make_toy("data/toy", n_train=200, n_val=40)
     namespace = {}
     for block in code_blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)

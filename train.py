@@ -43,19 +43,20 @@ PRESETS = {
     "toy": dict(
         data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64, dropout=0.0, optimizer="muon",
         lr=0.018, energy_lr=0.008, weight_decay=0.0, warmup_steps=30, lr_schedule="cosine", grad_clip=1.0, ema=0.99,
-        batch_size=128, denoiser_steps=500, ar_steps=250, energy_steps=500, eval_every=200, save_every=200,
+        batch_size=128, micro_batch=0, denoiser_steps=500, ar_steps=250, energy_steps=500, eval_every=200,
+        save_every=200,
     ),
     # The paper's settings; width 768 because the paper's 784 does not divide into 12 heads.
     "text8": dict(
         data="data/text8", block_size=256, n_layer=12, n_head=12, n_embd=768, dropout=0.05, optimizer="adamw",
         lr=3e-4, energy_lr=3e-4, weight_decay=0.0, warmup_steps=2000, lr_schedule="cosine", grad_clip=1.0, ema=0.9999,
-        batch_size=512, denoiser_steps=1_000_000, ar_steps=1_000_000, energy_steps=10_000,
+        batch_size=512, micro_batch=64, denoiser_steps=1_000_000, ar_steps=1_000_000, energy_steps=10_000,
         eval_every=5000, save_every=2500,
     ),
     "owt": dict(
         data="data/openwebtext", block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.1,
         optimizer="adamw", lr=3e-4, energy_lr=3e-4, weight_decay=0.0, warmup_steps=2500, lr_schedule="constant",
-        grad_clip=1.0, ema=0.9999, batch_size=512, denoiser_steps=1_000_000, ar_steps=1_000_000,
+        grad_clip=1.0, ema=0.9999, batch_size=512, micro_batch=16, denoiser_steps=1_000_000, ar_steps=1_000_000,
         energy_steps=400_000, eval_every=5000, save_every=2500,
     ),
 }  # fmt: skip
@@ -86,6 +87,7 @@ class Settings:
     grad_clip: float = option("largest gradient norm")
     ema: float = option("decay of the weight average that is evaluated and sampled from")
     batch_size: int = option("sequences per step, over all processes and micro-batches")
+    micro_batch: int = option("sequences per forward pass; 0: the batch over the processes")
     denoiser_steps: int = option("steps of the denoiser stage")
     ar_steps: int = option("steps of the ar stage")
     energy_steps: int = option("steps of the energy stage")
@@ -96,13 +98,12 @@ class Settings:
     out: str = option("folder of the run (default: out/ + the name of the data folder)", "")
     seed: int = option("seed of weights, data order and masks", 0)
     max_steps: int = option("steps of each stage, instead of the preset's", 0)
-    micro_batch: int = option("sequences per forward pass (default: the batch over the processes)", 0)
     eval_blocks: int = option("validation blocks to evaluate on, at most", 1000)
     log_every: int = option("steps between rows of log.jsonl", 10)
     resume: bool = option("continue the stages in --out that were stopped", False)
     overwrite: bool = option("train anew over what --out holds", False)
     device: str = option("cuda, mps or cpu (default: the first that is there)", "")
-    compile: bool = option("torch.compile the transformer (always on CUDA)", False)
+    compile: bool = option("torch.compile the transformer (always on CUDA; TORCH_COMPILE_DISABLE=1 prevents it)", False)
 
     eval: bool = option("evaluate the checkpoints in --out instead of training", False)
     energy: str = option("--eval: one energy only", "", choices=("none", *edlm.ENERGIES))
@@ -179,13 +180,10 @@ def start_processes(name: str) -> tuple[torch.device, int, int]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     return device, dist.get_rank(), world
-
-
-def autocast(device: torch.device):
-    """bf16 on CUDA, plain float32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class StopSignal:
@@ -196,7 +194,7 @@ class StopSignal:
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(self, number, frame):
-        if self.number:
+        if self.number and number == signal.SIGINT:  # schedulers repeat SIGTERM, also while we save
             raise KeyboardInterrupt
         self.number = number
 
@@ -204,6 +202,11 @@ class StopSignal:
         """Gives both signals back their usual meaning."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def ignore_sigterm(worker: int) -> None:
+    """A scheduler's SIGTERM also reaches the process that reads ahead; its parent still needs it for one step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def agree(flag: bool, device, world: int) -> bool:
@@ -253,13 +256,9 @@ def learning_rate(s: Settings, stage: str, step: int) -> float:
     return peak * warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-def warm_ema(decay: float):
-    """EMA whose decay rises to `decay` over its first updates: else a short run would keep its random start."""
-
-    def average(averaged, current, n):
-        get_ema_multi_avg_fn(min(decay, (1 + int(n)) / (10 + int(n))))(averaged, current, n)
-
-    return average
+def ema_decay(decay: float, step: int) -> float:
+    """Rises to `decay` over the first updates: else a short run's average would keep its random start."""
+    return min(decay, (1 + step) / (10 + step))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -307,7 +306,7 @@ def save_stage(s: Settings, stage: str, model, ema, optimizers, step: int, extra
 def check_same_run(s: Settings, saved: dict, path) -> None:
     """A resumed run must be the same run: refuses a setting that changes what one step computes."""
     decisive = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "lr", "energy_lr", "weight_decay",
-                "warmup_steps", "lr_schedule", "grad_clip", "ema", "batch_size", "seed")  # fmt: skip
+                "warmup_steps", "lr_schedule", "grad_clip", "ema", "batch_size", "micro_batch", "seed")  # fmt: skip
     for name in decisive:
         if getattr(s, name) != saved[name]:
             raise ValueError(f"{path} was trained with --{name} {saved[name]}, not {getattr(s, name)}: "
@@ -393,7 +392,7 @@ def training_loss(stage: str, net, denoiser, x0: torch.Tensor) -> torch.Tensor:
 def validation_loss(stage: str, model, denoiser, blocks, s: Settings, device) -> float:
     """The training loss on the first --eval_blocks validation blocks, with the same masks every time."""
     values = []
-    with torch.random.fork_rng(), autocast(device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), data.autocast(device):
         for i, x0 in enumerate(batches(blocks, s.eval_blocks, model.config)):
             torch.manual_seed(i)
             values.append((len(x0), training_loss(stage, model, denoiser, x0.to(device)).item()))
@@ -416,7 +415,7 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
     config = edlm.Config(blocks.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
     torch.manual_seed(s.seed)
     model, denoiser = build(stage, config, blocks.tokenizer, s, device)
-    ema = AveragedModel(model, multi_avg_fn=warm_ema(s.ema)).eval()
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(s.ema)).eval()
     optimizers = make_optimizers(model, s, device)
     extra = dict(tokenizer=blocks.tokenizer) | ({} if denoiser is None else dict(denoiser=edlm.fingerprint(denoiser)))
     step = 0
@@ -453,11 +452,14 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
     micro = s.micro_batch or s.batch_size // world
     order = data.BatchOrder(len(blocks), s.batch_size, micro, seed=s.seed, rank=rank, world=world, start_step=step)
     on_gpu = device.type == "cuda"
-    loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu, num_workers=int(on_gpu)))
+    loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu, num_workers=int(on_gpu),
+                             worker_init_fn=ignore_sigterm))  # fmt: skip
     accumulate = s.batch_size // (micro * world)
     if s.compile or on_gpu:
         model.transformer.compile()  # shapes are fixed there: only the head sees the varying number of masks
-    net = model if world == 1 else DistributedDataParallel(model)
+        if denoiser is not None:
+            denoiser.transformer.compile()
+    net = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     net.train()
     if rank == 0:
         make_room(s, stage, step)  # only now, when every setting has been tried
@@ -474,7 +476,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
                 x0 = next(loader).to(device, non_blocking=True)
                 torch.manual_seed(seed_of(s.seed, step, i * world + rank))
                 with net.no_sync() if world > 1 and i < accumulate - 1 else contextlib.nullcontext():
-                    with autocast(device):
+                    with data.autocast(device):
                         part = training_loss(stage, net, denoiser, x0) / accumulate
                     part.backward()
                 loss += part.detach()
@@ -482,6 +484,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(s.ema, step))
             ema.update_parameters(model)
             step += 1
             bar.update()
@@ -509,7 +512,11 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
             bar.set_postfix(shown, refresh=False)
             if rank == 0 and (step % s.save_every == 0 or step == last or stopping):
                 save_stage(s, stage, model, ema, optimizers, step, extra)
+            if mark[0] == step:
+                mark = (step, time.perf_counter())  # evaluating and saving are not training speed
             if stopping and step < last:
+                if world > 1:
+                    dist.barrier()  # nobody leaves, and so ends the others, before rank 0 has saved
                 return False
     return True
 
@@ -550,12 +557,14 @@ def train(s: Settings) -> None:
         if not train_stage(s, stage, device, rank, world, stop):
             if rank == 0:
                 again = shlex.join([word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")])
-                print(f"stopped and saved; go on with: python train.py {again} --resume", file=sys.stderr)
+                launch = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+                print(f"stopped and saved; go on with: {launch} train.py {again} --resume", file=sys.stderr)
             raise SystemExit(128 + stop.number if stop.number else 1)
     stop.restore()
     if rank == 0:
         print_table(evaluate(replace(s, passes=8), device, energies=()))
-        print(f"next: python sample.py --out {s.out}    python train.py --eval --out {s.out}")
+        run = shlex.join(["--data", s.data, "--out", s.out])
+        print(f"next: python sample.py --out {shlex.quote(s.out)}    python train.py --eval {run}")
     if world > 1:
         dist.destroy_process_group()
 
@@ -586,11 +595,7 @@ def estimators(models: dict, energies, s: Settings) -> list[tuple]:
     denoiser = models["denoiser"]
     mask_id = denoiser.config.mask_id
     chain = dict(mask_id=mask_id, n=s.n, steps=s.chain_steps or None)
-    if s.chain_steps:
-        nothing = partial(edlm.joint_nelbo, energy=no_energy, log_partition="exact", **chain)
-        rows.append(("MDLM", "bound", lambda x0: nothing(denoiser, x0=x0)))
-    else:
-        rows.append(("MDLM", "bound", partial(edlm.nelbo, denoiser, mask_id=mask_id)))
+    rows.append(("MDLM", "bound", partial(edlm.joint_nelbo, denoiser, no_energy, log_partition="exact", **chain)))
     for name in energies:
         energy = edlm.make_energy(name, models)
         for end in ("exact",) if name == "coar" else ("lower", "upper"):
@@ -601,7 +606,7 @@ def estimators(models: dict, energies, s: Settings) -> list[tuple]:
 
 
 def no_energy(candidates, x_t, log_q):
-    """E = 0: EDLM without a correction is the factorised denoiser."""
+    """E = 0: EDLM without a correction is the factorised denoiser, and its joint estimate the NELBO."""
     return torch.zeros_like(log_q)
 
 
@@ -620,12 +625,12 @@ def evaluate(s: Settings, device, energies) -> list[dict]:
     loader = batches(blocks, s.eval_blocks, config)
     for name, what, score in estimators(models, energies, s):
         nats = 0.0
-        with tqdm(total=s.passes * len(loader), desc=name[:32], leave=False) as bar, autocast(device):
+        with tqdm(total=s.passes * len(loader), desc=name[:32], leave=False) as bar, data.autocast(device):
             for part in range(s.passes):
                 values = []
                 for i, x0 in enumerate(loader):
                     torch.manual_seed(seed_of(s.seed, i, part))
-                    values.append(score(x0=x0.to(device)).double().cpu())
+                    values.append(score(x0=x0.to(device)).cpu().double())
                     bar.update()
                 nats += torch.cat(values) / s.passes                               # [sequences]
         rows.append(table_row(name, what, nats, config, tokenizer))
@@ -766,7 +771,7 @@ def bench(s: Settings) -> None:
 
 def bench_step(denoiser, loss, optimizers, x0, s: Settings, device) -> None:
     """Forward, backward, clip, update."""
-    with autocast(device):
+    with data.autocast(device):
         value = loss(net=denoiser, x0=x0)
     value.backward()
     torch.nn.utils.clip_grad_norm_(denoiser.parameters(), s.grad_clip)
