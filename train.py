@@ -43,7 +43,7 @@ PRESETS = {
     "toy": dict(
         data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64, dropout=0.0, optimizer="muon",
         lr=0.018, energy_lr=0.008, weight_decay=0.0, warmup_steps=30, lr_schedule="cosine", grad_clip=1.0, ema=0.99,
-        batch_size=128, micro_batch=0, denoiser_steps=500, ar_steps=250, energy_steps=500, eval_every=200,
+        batch_size=128, micro_batch=0, denoiser_steps=500, ar_steps=250, energy_steps=700, eval_every=200,
         save_every=200,
     ),
     # The paper's settings; width 768 because the paper's 784 does not divide into 12 heads.
