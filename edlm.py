@@ -455,11 +455,12 @@ class NCEResidual(nn.Module):
 
     @classmethod
     def from_denoiser(cls, denoiser: Denoiser) -> "NCEResidual":
-        """A new energy with the denoiser's transformer, fed x0 plus a random view of x_t; it says 0 at first."""
+        """A new energy that starts as the denoiser's transformer reading x0 alone, and says 0 of everything."""
         energy = cls(denoiser.config)
         energy.transformer.load_state_dict(denoiser.transformer.state_dict())
         nn.init.eye_(energy.join_x0.weight)
         nn.init.zeros_(energy.join_x0.bias)
+        nn.init.zeros_(energy.join_xt.weight)
         nn.init.zeros_(energy.mlp_out.weight)
         return energy
 
