@@ -1016,8 +1016,24 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def run(prog, main):
-    """Calls main(); a user's mistake (ValueError, OSError) becomes one plain line on stderr and exit code 2."""
+def timed(work, device):
+    """(seconds, peak GiB on CUDA else 0, result) of work()."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    result = work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, result
+
+
+def run(prog, main, hint=""):
+    """Calls main(); a user's mistake (ValueError, OSError) becomes one plain line on stderr and exit code 2.
+
+    hint: what to add to the word that it was interrupted.
+    """
     try:
         main()
     except torch.OutOfMemoryError:
@@ -1027,7 +1043,7 @@ def run(prog, main):
         print(f"{prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        print(f"\n{prog}: interrupted{hint}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -1060,23 +1076,21 @@ def parse(argv):
 
 def main(argv=None):
     """The command line: `python data.py --help`."""
+    run("data.py", lambda: make(argv), hint=": run the same command again to continue")
+
+
+def make(argv):
+    """Makes the folder that the command line asks for, and says what is in it and what to do next."""
     source, files, options = parse(argv)
     out = options["out"]
-    try:
-        if source == "toy":
-            meta = make_toy(out)
-        elif source == "text8":
-            meta = prepare_text8(files, **options)
-        elif source == "openwebtext":
-            meta = prepare_openwebtext(files, **options)
-        else:
-            meta = prepare_text(files, **options)
-    except (ValueError, OSError) as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted: run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+    if source == "toy":
+        meta = make_toy(out)
+    elif source == "text8":
+        meta = prepare_text8(files, **options)
+    elif source == "openwebtext":
+        meta = prepare_openwebtext(files, **options)
+    else:
+        meta = prepare_text(files, **options)
     shards = len(list(Path(out).glob("*_[0-9]*.bin")))
     skipped = f", {meta['skipped']} damaged pieces skipped" if meta.get("skipped") else ""
     print(f"{out}: {meta['tokenizer']} tokens in {shards} shards{skipped}")

@@ -81,6 +81,7 @@ class Config:
 
     @property
     def mask_id(self) -> int:
+        """The id after the last real token: V."""
         return self.vocab_size
 
 
@@ -363,7 +364,8 @@ class AutoregressiveLM(nn.Module):
         same = (candidates == candidates[:, :1]).all(dim=1).all(dim=0)             # [L]
         shared = min(int(same.long().cumprod(dim=0).sum()), last)                  # at least BOS
 
-        def score(hidden, tokens, where):  # [..., T, d], [..., T], [..., T] -> [...]
+        def score(hidden, tokens, where):
+            """[..., P, d], [..., P], [..., P] -> [...]: the sum of log-probabilities at `where`."""
             log_p = self._project(hidden[where], tokens[where])
             return torch.zeros(where.shape, device=where.device).masked_scatter(where, log_p).sum(dim=-1)
 
@@ -386,6 +388,7 @@ class AutoregressiveLM(nn.Module):
         """
 
         def chunk(h, y):
+            """[rows, d], [rows] -> [rows]."""
             return -F.cross_entropy(self.head(h).float(), y, reduction="none")
 
         rows = max(1, PROJECTION_ELEMENTS // self.config.vocab_size)
@@ -662,6 +665,12 @@ def bounds_from_energies(energy: Tensor) -> tuple[Tensor, Tensor]:
     return T_n.to(energy.device, energy.dtype), upper.to(energy.device, energy.dtype)
 
 
+def draw_and_judge(energy, logits: Tensor, x_t: Tensor, where: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """n draws of the denoiser, Long[B, n, L], and their energies, Float[B, n]."""
+    candidates, log_q = propose(logits, x_t, where, n)
+    return candidates, in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS)
+
+
 @torch.no_grad()
 def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int) -> tuple[Tensor, Tensor]:
     """Estimates log Z(x_t) of equation (4) from both sides: x_t Long[B, L] -> (lower, upper), Float[B], nats.
@@ -669,8 +678,8 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     See `bounds_from_energies`, of which n denoiser draws per row are the input. Raises ValueError for n < 2.
     """
     where = x_t == mask_id
-    candidates, log_q = propose(denoiser(x_t, where), x_t, where, n)
-    return bounds_from_energies(in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS))
+    _, energies = draw_and_judge(energy, denoiser(x_t, where), x_t, where, n)
+    return bounds_from_energies(energies)
 
 
 @torch.no_grad()
@@ -694,8 +703,8 @@ def joint_nelbo(
     log_q = candidate_log_q(logits, x0[:, None], where)                            # [B, 1]
     log_p = (log_q - energy(x0[:, None], x_t, log_q))[:, 0]                        # [B]
     if log_partition != "exact":
-        candidates, log_q = propose(logits, x_t, where, n)
-        lower, upper = bounds_from_energies(in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS))
+        _, energies = draw_and_judge(energy, logits, x_t, where, n)
+        lower, upper = bounds_from_energies(energies)
         log_p = log_p - (lower if log_partition == "lower" else upper)
     return -log_p * M / count
 
@@ -718,8 +727,8 @@ def chain_nelbo(denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: in
     where = x_t == mask_id
     logits = denoiser(x_t, where)
     log_mu = token_log_prob(logits, x0, where)                                     # [B, L]
-    candidates, log_q = propose(logits, x_t, where, n)                             # [B, n, L]
-    _, log_z = bounds_from_energies(in_chunks(energy, candidates, x_t, log_q, MAX_TOKENS))
+    candidates, energies = draw_and_judge(energy, logits, x_t, where, n)
+    _, log_z = bounds_from_energies(energies)
 
     u = torch.rand(B, L, device=x0.device).masked_fill(~where, 2.0)
     revealed = F.one_hot(u.argmin(dim=1), L).bool()                                # one uniform member of S

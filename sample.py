@@ -395,19 +395,6 @@ def plain_ar_energy(ar, candidates, x_t, log_q):
     return log_q - log_p.sum(dim=1).view(log_q.shape)
 
 
-def timed(work, device) -> tuple[float, float, object]:
-    """(seconds, peak GiB on CUDA else 0, result) of work()."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    begun = time.perf_counter()
-    result = work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, result
-
-
 @torch.no_grad()
 def bench(args) -> list[dict]:
     """--bench: `edlm.sample` against `plain_algorithm_1`, in one run on the same random weights.
@@ -434,11 +421,11 @@ def bench(args) -> list[dict]:
             plain = dict(ours, energy=plain_energy, stop_after=PLAIN_STEPS_TIMED)
             with data.autocast(device):
                 for _ in range(2):  # the first is a warm-up
-                    bare, _, _ = timed(lambda x=x: denoiser.transformer(denoiser.transformer.embed(x)), device)
+                    bare, _, _ = data.timed(lambda x=x: denoiser.transformer(denoiser.transformer.embed(x)), device)
                 states = lambda x=x, ours=ours: list_last(edlm.sample_states(denoiser, x, **ours))  # noqa: E731
-                took, memory, (events, state) = timed(states, device)
+                took, memory, (events, state) = data.timed(states, device)
                 plain_algorithm_1(denoiser, x[:1], **dict(plain, stop_after=1))
-                took_plain, memory_plain, _ = timed(
+                took_plain, memory_plain, _ = data.timed(
                     lambda x=x, plain=plain: plain_algorithm_1(denoiser, x, **plain), device
                 )
             took_plain *= steps / min(steps, PLAIN_STEPS_TIMED)

@@ -415,7 +415,7 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
     config = edlm.Config(blocks.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
     torch.manual_seed(s.seed)
     model, denoiser = build(stage, config, blocks.tokenizer, s, device)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(s.ema)).eval()
+    ema = AveragedModel(model).eval()  # averaged as `ema_decay` says, step by step
     optimizers = make_optimizers(model, s, device)
     extra = dict(tokenizer=blocks.tokenizer) | ({} if denoiser is None else dict(denoiser=edlm.fingerprint(denoiser)))
     step = 0
@@ -695,28 +695,17 @@ def flops_per_token(config: edlm.Config, projected: float) -> float:
     return 3 * (config.n_layer * (24 * d * d + 4 * L * d) + 2 * d * config.vocab_size * projected)
 
 
-def synchronize(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(work, device, repeats: int) -> float:
-    """Median wall-clock time of work(), after one call to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+def measure(work, device, repeats: int) -> tuple[float, float]:
+    """(median seconds, peak GiB on CUDA else 0) of work(), after one call to warm up."""
+    runs = [data.timed(work, device)[:2] for _ in range(repeats + 1)][1:]
+    return sorted(took for took, _ in runs)[repeats // 2], max(memory for _, memory in runs)
 
 
 def matmul_rate(device, repeats: int = 5) -> float:
     """Floating-point operations per second of one large matrix product, bf16 on CUDA, float32 elsewhere."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    return 2 * size**3 / seconds(lambda: a @ b, device, repeats)
+    return 2 * size**3 / measure(lambda: a @ b, device, repeats)[0]
 
 
 def plain_loss(net: edlm.Denoiser, x0: torch.Tensor) -> torch.Tensor:
@@ -731,7 +720,7 @@ def plain_loss(net: edlm.Denoiser, x0: torch.Tensor) -> torch.Tensor:
 def bench(s: Settings) -> None:
     """--bench: a denoiser step as this file trains it, against a plain step, on random weights and tokens.
 
-    --micro_batch sequences (default 2), --max_steps timed steps (default 5). The plain step projects every
+    --micro_batch sequences (2 if that is 0), --max_steps timed steps (default 5). The plain step projects every
     position and leaves the optimiser's and the compiler's options at torch's defaults.
     """
     device = data.pick_device(s.device)
@@ -748,11 +737,9 @@ def bench(s: Settings) -> None:
             optimizers, loss = make_optimizers(denoiser, s, device), partial(training_loss, "denoiser", denoiser=None)
             if s.compile or device.type == "cuda":
                 denoiser.transformer.compile()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took = seconds(partial(bench_step, denoiser, loss, optimizers, x0, s, device), device, s.max_steps or 5)
-        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-        rows.append(dict(step=name, seconds=took, tokens_per_second=x0.numel() / took, peak_gib=memory))
+        step = partial(bench_step, denoiser, loss, optimizers, x0, s, device)
+        took, memory = measure(step, device, s.max_steps or 5)
+        rows.append(dict(step=name, seconds=took, tokens_per_second=x0.numel() / took, peak_gib=memory or None))
         del denoiser, optimizers
     flops = flops_per_token(config, PROJECTED["denoiser"])
     peak = matmul_rate(device)
