@@ -109,13 +109,17 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * d, d)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, past: tuple | None = None) -> tuple[Tensor, tuple]:
-        """Float[B, L, d] -> the same, and this block's (keys, values), Float[B, heads, past + L, D] each."""
+        """Float[B, L, d] -> the same, and this block's (keys, values), Float[B, heads, past + L, D] each.
+
+        past: (keys, values) of the tokens before; K sequences in a row may share those of one.
+        """
         B, L, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)                            # [B, heads, L, D]
         visible = None
         if past is not None:
-            k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+            before = [p[:, None].expand(-1, B // len(p), -1, -1, -1).flatten(0, 1) for p in past]
+            k, v = torch.cat((before[0], k), dim=2), torch.cat((before[1], v), dim=2)
             visible = torch.ones(L, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - L)
         a = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=self.causal and past is None
@@ -132,6 +136,22 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+class Head(nn.Linear):
+    """Hidden states Float[..., d] -> logits over the vocabulary, Float[..., V].
+
+    Its matrix has up to 63 unused rows: products of matrices are faster, most of all on GPUs, when each row of
+    the result starts at a round address, and V = 50257 is odd.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config.n_embd, config.vocab_size + -config.vocab_size % 64)
+        self.vocab_size = config.vocab_size
+        init_weights(self)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden)[..., : self.vocab_size]
 
 
 class Transformer(nn.Module):
@@ -156,20 +176,20 @@ class Transformer(nn.Module):
             for out in (block.attn_out, block.mlp_out):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, h: Tensor, cache: list | None = None) -> Tensor:
+    def forward(self, h: Tensor, past: list | None = None, keep: list | None = None) -> Tensor:
         """Embeddings Float[B, L, d] -> hidden states Float[B, L, d].
 
-        cache: a list that is empty at first and afterwards holds each block's keys and values; the next
-        call with it continues behind them (causal models only).
+        Causal models can continue: past holds each block's (keys, values) of the tokens before these. With an
+        empty list as keep, those of all tokens so far are put there for the next call.
         """
-        start = cache[0][0].shape[2] if cache else 0
+        start = past[0][0].shape[2] if past else 0
         if start + h.shape[1] > len(self.cos):
             raise ValueError(f"{start + h.shape[1]} tokens do not fit into the block of {len(self.cos)}")
         cos, sin = self.cos[start : start + h.shape[1]], self.sin[start : start + h.shape[1]]
         for i, block in enumerate(self.blocks):
-            h, keys_values = block(h, cos, sin, cache[i] if start else None)
-            if cache is not None:
-                cache[i : i + 1] = [keys_values]                                   # append, later replace
+            h, keys_values = block(h, cos, sin, past[i] if past else None)
+            if keep is not None:
+                keep.append(keys_values)
         return self.norm(h)
 
 
@@ -203,18 +223,28 @@ def mask_tokens(x0: Tensor, n: Tensor, *, mask_id: int, generator: torch.Generat
     return x0.masked_fill(masked, mask_id)
 
 
-def mask_counts(B: int, M: int, *, steps: int | None = None, device=None) -> Tensor:
-    """How many of M positions to mask: n Long[B], each row drawn from p(n), n = 1..M, by itself unbiased.
+def mask_counts(B: int, M: int, *, steps: int | None = None) -> Tensor:
+    """How many of M positions to mask: n Long[B] on the CPU, each row drawn from p(n), n = 1..M, by itself unbiased.
 
     Equation (3) weighs a set of n masked tokens by 1/n and sums n losses over it, so n is uniform. A chain
     of `steps` steps of the linear schedule weighs it as `step_weights` says. The rows, in random order, take
     evenly spaced points of one random offset (stratified sampling): less variance in the batch mean.
     """
-    u = (torch.rand(1, device=device) + torch.randperm(B, device=device) / B) % 1  # [B]
+    u = (torch.rand(1) + torch.randperm(B) / B) % 1                                # [B]
     if steps is None:
         return (u * M).long().clamp(max=M - 1) + 1
     edges = step_weights(M, steps).sum(dim=0).cumsum(dim=0)                        # [M]
     return torch.searchsorted(edges.to(u), u, right=True).clamp(max=M - 1) + 1
+
+
+def selected(where: Tensor, count: int | None = None) -> Tensor:
+    """Flat positions b L + i of the True entries of where Bool[B, L], in row-major order: Long[N].
+
+    N is a fact about the data, so a GPU's answer must be waited for, unless the caller knows it: the count.
+    """
+    if count is None:
+        return where.flatten().nonzero()[:, 0]
+    return torch.nonzero_static(where.flatten(), size=count)[:, 0]
 
 
 @functools.cache
@@ -250,30 +280,34 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, causal=False)
-        self.head = nn.Linear(config.n_embd, config.vocab_size)
-        init_weights(self.head)
+        self.head = Head(config)
 
-    def forward(self, x_t: Tensor, where: Tensor) -> Tensor:
-        """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V]; only those N rows are projected."""
+    def forward(self, x_t: Tensor, where: Tensor, count: int | None = None) -> Tensor:
+        """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V]; only those N rows are projected.
+
+        count: N, if the caller knows it (see `selected`).
+        """
         hidden = self.transformer(self.transformer.embed(x_t))                     # [B, L, d]
-        return self.head(hidden[where])                                            # [N, V]
+        return self.head(hidden.flatten(0, 1)[selected(where, count)])             # [N, V]
 
 
 def token_log_prob(logits: Tensor, x0: Tensor, where: Tensor) -> Tensor:
     """log mu_i(x0_i | x_t) in nats: logits Float[N, V], x0 Long[B, L] -> Float[B, L], 0 where not asked."""
-    log_mu = -F.cross_entropy(logits.float(), x0[where], reduction="none")         # [N]
-    return torch.zeros(x0.shape, device=x0.device).masked_scatter(where, log_mu)
+    index = selected(where, len(logits))
+    log_mu = -F.cross_entropy(logits.float(), x0.flatten()[index], reduction="none")        # [N]
+    return torch.zeros(x0.numel(), device=x0.device).scatter(0, index, log_mu).view_as(x0)
 
 
-def nelbo(denoiser, x0: Tensor, *, mask_id: int) -> Tensor:
+def nelbo(denoiser, x0: Tensor, *, mask_id: int, n: Tensor | None = None) -> Tensor:
     """The continuous-time NELBO of masked diffusion, equation (3): Float[B], nats per sequence.
 
     One random mask per row: n uniform, then a random set of n positions; the row's value M / n * sum of
     cross-entropies is an unbiased draw. The time integral is already done, so no 1/t weight is left to
-    blow up the variance. Differentiable: this is also the training loss.
+    blow up the variance. Differentiable: this is also the training loss. n: Long[B], how many tokens of each
+    row to mask, if they were drawn by `mask_counts` before.
     """
     M = x0.shape[1] - 1
-    n = mask_counts(len(x0), M, device=x0.device)
+    n = (mask_counts(len(x0), M) if n is None else n).to(x0.device, non_blocking=True)
     x_t = mask_tokens(x0, n, mask_id=mask_id)
     where = x_t == mask_id
     return -token_log_prob(denoiser(x_t, where), x0, where).sum(dim=1) * M / n     # [B]
@@ -301,36 +335,37 @@ def categorical(logits: Tensor, k: int, generator: torch.Generator | None = None
     u = torch.rand(N, k, dtype=torch.float64, device=device, generator=generator)
     rows = max(1, CDF_ELEMENTS // V)
     for i in range(0, N, rows):
-        p = logits[i : i + rows].to(device, torch.float64).softmax(dim=1)
-        cdf = p.cumsum(dim=1)                                                      # [rows, V]
+        p = logits[i : i + rows].to(device).float().softmax(dim=1)                 # [rows, V]
+        cdf = p.cumsum(dim=1, dtype=torch.float64)
         drawn = torch.searchsorted(cdf, u[i : i + rows] * cdf[:, -1:], right=True).clamp(max=V - 1)
         tokens[i : i + rows] = drawn.to(tokens.device)
-        log_prob[i : i + rows] = p.gather(1, drawn).log().to(log_prob)
+        log_prob[i : i + rows] = (p.gather(1, drawn) / cdf[:, -1:]).log().to(log_prob)
     return tokens, log_prob
 
 
 def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]:
     """k completions of x_t at `where`, tokens independent of each other: Long[B, k, L], log_q Float[B, k]."""
+    (B, L), index = x_t.shape, selected(where, len(logits))
     tokens, log_prob = categorical(logits, k, generator)                           # [N, k]
-    candidates = x_t[:, None].repeat(1, k, 1)                                      # [B, k, L]
-    candidates.transpose(1, 2)[where] = tokens
-    row = where.nonzero()[:, 0]                                                    # [N]
-    log_q = torch.zeros(len(x_t), k, device=x_t.device).index_add(0, row, log_prob)
-    return candidates, log_q
+    candidates = x_t.flatten()[:, None].repeat(1, k).index_copy(0, index, tokens)  # [B L, k]
+    log_q = torch.zeros(B, k, device=x_t.device).index_add(0, index // L, log_prob)
+    return candidates.view(B, L, k).transpose(1, 2).contiguous(), log_q
 
 
 def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:
     """log_q Float[B, K] of given candidates Long[B, K, L] under logits Float[N, V] at `where` Bool[B, L]."""
-    log_mu = logits.float().log_softmax(dim=1).gather(1, candidates.transpose(1, 2)[where])       # [N, K]
-    row = where.nonzero()[:, 0]
-    return torch.zeros(candidates.shape[:2], device=logits.device).index_add(0, row, log_mu)
+    B, K, L = candidates.shape
+    index = selected(where, len(logits))
+    tokens = candidates.transpose(1, 2).flatten(0, 1)[index]                       # [N, K]
+    log_mu = logits.float().log_softmax(dim=1).gather(1, tokens)
+    return torch.zeros(B, K, device=logits.device).index_add(0, index // L, log_mu)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 4. The autoregressive model
 # ---------------------------------------------------------------------------------------------------------
 
-PROJECTION_ELEMENTS = 2**25  # logits held at once by log_prob: 128 MiB of float32
+PROJECTION_ELEMENTS = 2**23  # logits held at once by log_prob: 32 MiB of float32, what a CPU cache can hold
 
 
 class AutoregressiveLM(nn.Module):
@@ -340,8 +375,7 @@ class AutoregressiveLM(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, causal=True)
-        self.head = nn.Linear(config.n_embd, config.vocab_size)
-        init_weights(self.head)
+        self.head = Head(config)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x_i | x_<i), nats, float32: x Long[B, L] -> Float[B, L], 0 at position 0 (BOS is given)."""
@@ -364,38 +398,50 @@ class AutoregressiveLM(nn.Module):
         same = (candidates == candidates[:, :1]).all(dim=1).all(dim=0)             # [L]
         shared = min(int(same.long().cumprod(dim=0).sum()), last)                  # at least BOS
 
+        def read(tokens, past=None, keep=None):
+            """[..., P] -> hidden states [..., P, d]."""
+            hidden = self.transformer(self.transformer.embed(tokens.flatten(0, -2)), past, keep)
+            return hidden.unflatten(0, tokens.shape[:-1])
+
         def score(hidden, tokens, where):
             """[..., P, d], [..., P], [..., P] -> [...]: the sum of log-probabilities at `where`."""
             log_p = self._project(hidden[where], tokens[where])
             return torch.zeros(where.shape, device=where.device).masked_scatter(where, log_p).sum(dim=-1)
 
-        cache = []
-        prefix = self.transformer(self.transformer.embed(candidates[:, 0, :shared]), cache)
+        if shared < last // 16:  # plain causal attention over everything is faster than with so short a past
+            asked = where[:, None, 1 : last + 1].expand(B, K, -1)
+            return score(read(candidates[:, :, :last]), candidates[:, :, 1 : last + 1], asked)
+        past = []
+        prefix = read(candidates[:, 0, :shared], keep=past)                        # [B, shared, d]
         once = score(prefix[:, :-1], candidates[:, 0, 1:shared], where[:, 1:shared])        # [B]
-        hidden = prefix[:, None, -1:].expand(B, K, 1, -1)                          # reads token `shared`
+        hidden = prefix[:, None, -1:].expand(B, K, 1, -1)                          # foresees token `shared`
         if shared < last:
-            cache = [(k.repeat_interleave(K, dim=0), v.repeat_interleave(K, dim=0)) for k, v in cache]
-            rest = self.transformer.embed(candidates[:, :, shared:last].flatten(0, 1))
-            rest = self.transformer(rest, cache).unflatten(0, (B, K))              # [B, K, last - shared, d]
-            hidden = torch.cat((hidden, rest), dim=2)
+            hidden = torch.cat((hidden, read(candidates[:, :, shared:last], past)), dim=2)
         asked = where[:, None, shared : last + 1].expand(B, K, -1)
         return once[:, None] + score(hidden, candidates[:, :, shared : last + 1], asked)
 
     def _project(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """log p(target) from hidden Float[N, d]: Float[N], with never more than a chunk of logits held.
+        """log p(target) = its logit - log sum exp of all V: hidden Float[N, d], target Long[N] -> Float[N].
 
-        In training each chunk's logits are computed again in the backward pass instead of being kept.
+        The vocabulary goes by in pieces, so that never more than PROJECTION_ELEMENTS logits are held. In
+        training each piece is computed again in the backward pass instead of being kept.
         """
 
-        def chunk(h, y):
-            """[rows, d], [rows] -> [rows]."""
-            return -F.cross_entropy(self.head(h).float(), y, reduction="none")
+        def piece(first, weight, bias):
+            """Of these columns: log sum exp of the logits, and the target's if it is one of them, else 0."""
+            logits = F.linear(hidden, weight, bias).float()                        # [N, columns]
+            column = target - first
+            inside = (column >= 0) & (column < len(bias))
+            chosen = logits.gather(1, column.clamp(0, len(bias) - 1)[:, None])[:, 0]
+            return logits.logsumexp(dim=1), chosen.where(inside, 0)
 
-        rows = max(1, PROJECTION_ELEMENTS // self.config.vocab_size)
-        pairs = list(zip(hidden.split(rows), target.split(rows), strict=True))
-        if torch.is_grad_enabled() and len(pairs) > 1:
-            return torch.cat([checkpoint(chunk, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in pairs])
-        return torch.cat([chunk(h, y) for h, y in pairs])
+        if torch.is_grad_enabled():
+            piece = functools.partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
+        V = self.config.vocab_size
+        columns = max(1, PROJECTION_ELEMENTS // max(1, len(target)) // 64) * 64
+        weights, biases = self.head.weight[:V].split(columns), self.head.bias[:V].split(columns)
+        log_sums, chosen = zip(*map(piece, range(0, V, columns), weights, biases), strict=True)
+        return sum(chosen) - torch.stack(log_sums).logsumexp(dim=0)
 
     @torch.no_grad()
     def sample(self, x: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
@@ -407,9 +453,10 @@ class AutoregressiveLM(nn.Module):
         if not x.shape[1] <= length <= self.config.block_size:
             raise ValueError(f"length {length} is not between the prompt's {x.shape[1]} tokens and the block's "
                              f"{self.config.block_size}")  # fmt: skip
-        cache, new = [], x
+        past, new = None, x
         while x.shape[1] < length:
-            hidden = self.transformer(self.transformer.embed(new), cache)          # [B, 1 or P, d]
+            hidden = self.transformer(self.transformer.embed(new), past, keep := [])        # [B, 1 or P, d]
+            past = keep
             new, _ = categorical(self.head(hidden[:, -1]), 1, generator)           # [B, 1]
             x = torch.cat((x, new), dim=1)
         return x
@@ -475,17 +522,18 @@ class NCEResidual(nn.Module):
         return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2]).float()  # [B, K]
 
 
-def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
+def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int, n: Tensor | None = None) -> Tensor:
     """Noise-contrastive estimation, equation (6): a scalar, mean over the batch.
 
     Real or not? The positive is x0 with its own x_t, the negative one draw of the frozen denoiser for the
-    same x_t. At the optimum exp(-E) is the data's p(x0 | x_t) over mu(x0 | x_t): (4) is the true posterior.
-    Raises ValueError if the denoiser is in training mode: its dropout would draw negatives from another
+    same x_t; n as in `nelbo`. At the optimum exp(-E) is the data's p(x0 | x_t) over mu(x0 | x_t): (4) is the
+    true posterior. Raises ValueError if the denoiser is in training mode: its dropout would draw negatives from another
     model than the one that proposes when sampling.
     """
     if getattr(denoiser, "training", False):
         raise ValueError("the denoiser must be frozen: call denoiser.eval() before nce_loss")
-    x_t = mask_tokens(x0, mask_counts(len(x0), x0.shape[1] - 1, device=x0.device), mask_id=mask_id)
+    n = mask_counts(len(x0), x0.shape[1] - 1) if n is None else n
+    x_t = mask_tokens(x0, n.to(x0.device, non_blocking=True), mask_id=mask_id)
     where = x_t == mask_id
     with torch.no_grad():
         logits = denoiser(x_t, where)
@@ -500,7 +548,7 @@ def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
 # 6. Decoding by importance sampling (Algorithm 1)
 # ---------------------------------------------------------------------------------------------------------
 
-MAX_TOKENS = 2**16  # tokens that go through the energy in one call
+MAX_TOKENS = 2**14  # tokens that go through the energy in one call
 
 
 def importance_weights(energy: Tensor) -> Tensor:
@@ -542,7 +590,7 @@ class SampleState:
     t: Tensor  # Float[B], the time each row has reached: 1 at the start, 0 only once all is revealed
     ess: Tensor  # Float[B], effective sample size 1 / sum w^2 of this event's weights, nan where none were
     denoiser_forwards: Tensor  # Long[B], sequences through the denoiser so far
-    energy_forwards: Tensor  # Long[B], candidates through the energy so far
+    energy_forwards: Tensor  # Long[B], candidates through the energy so far: none where all k agree on what is due
     projected: Tensor  # Long[B], rows through the denoiser's vocabulary projection so far
 
 
@@ -584,6 +632,8 @@ def sample_states(
         where = due | (judged[:, None] & (x_t == mask_id))
         candidates, log_q = propose(denoiser(x_t, where), x_t, where, k, generator)
         chosen, ess = candidates[:, 0].clone(), nothing.clone()                    # [rows, L], [B]
+        differ = (candidates != candidates[:, :1]).any(dim=1) & due
+        judged &= differ.any(dim=1)  # only what is due will be kept: there all may agree already
         if judged.any():
             few = candidates[judged]
             weights = importance_weights(in_chunks(energy, few, x_t[judged], log_q[judged], max_tokens))
@@ -696,7 +746,7 @@ def joint_nelbo(
     if log_partition not in ("upper", "lower", "exact"):
         raise ValueError(f"log_partition must be upper, lower or exact, not {log_partition!r}")
     M = x0.shape[1] - 1
-    count = mask_counts(len(x0), M, steps=steps, device=x0.device)
+    count = mask_counts(len(x0), M, steps=steps).to(x0.device)
     x_t = mask_tokens(x0, count, mask_id=mask_id)
     where = x_t == mask_id
     logits = denoiser(x_t, where)
@@ -722,7 +772,7 @@ def chain_nelbo(denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: in
     """
     B, L = x0.shape
     M = L - 1
-    count = mask_counts(B, M, steps=steps, device=x0.device)
+    count = mask_counts(B, M, steps=steps).to(x0.device)
     x_t = mask_tokens(x0, count, mask_id=mask_id)
     where = x_t == mask_id
     logits = denoiser(x_t, where)

@@ -470,20 +470,31 @@ def test_states_go_from_start_to_sample_and_only_reveal():
 
 def test_steps_that_reveal_nothing_cost_nothing():
     """At most min(steps, masked) forwards per row, none for a row with nothing due; at k = 1 each position is
-    projected once; the reported costs are those seen by the denoiser."""
+    projected once; the reported costs are those seen by the denoiser and the energy, which is not asked where the
+    choice makes no difference."""
     world = World(2, 7, seed=0)
     x = start_rows(world).repeat(4, 1)
     due = (x == 2).sum(1)
+    judged = []
+
+    def energy(candidates, x_t, log_q):
+        judged.append(candidates)
+        return torch.zeros_like(log_q)
+
     for steps, k in itertools.product((1, 3, 1000), (1, 4)):
         world.calls.clear()
-        args = dict(mask_id=2, steps=steps, energy=zero_energy, k=k, generator=seeded(steps))
+        judged.clear()
+        args = dict(mask_id=2, steps=steps, energy=energy, k=k, generator=seeded(steps))
         states = list(edlm.sample_states(world.denoiser, x, **args))
         assert all(where.any(1).all() for where in world.calls)
         last, asked = states[-1], sum(int(where.sum()) for where in world.calls)
         assert (last.denoiser_forwards <= due.clamp(max=steps)).all() and (last.projected >= due).all()
         assert last.denoiser_forwards.sum() == sum(len(where) for where in world.calls)
         assert last.projected.sum() == asked and (asked == due.sum()) == (k == 1 or steps == 1)
-        assert torch.equal(last.energy_forwards, last.denoiser_forwards * (k if k > 1 else 0))
+        assert (last.energy_forwards <= last.denoiser_forwards * k).all() and (last.energy_forwards % k == 0).all()
+        assert last.energy_forwards.sum() == k * sum(map(len, judged))
+        assert all((c != c[:, :1]).any(dim=(1, 2)).all() for c in judged) and (k == 1) == (not judged)
+        assert steps < 1000 or last.energy_forwards.sum() < last.denoiser_forwards.sum() * k or k == 1
         ess = torch.cat([s.ess[~s.ess.isnan()] for s in states])
         assert len(ess) * k == last.energy_forwards.sum() or k == 1
         torch.testing.assert_close(ess, torch.full_like(ess, k))  # equal weights
@@ -952,7 +963,8 @@ def plain_forward(w, x, n_head, causal):
             m = m / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (m + 0.044715 * m**3)))
             out.append(h + w[b + "mlp_out.weight"] @ m + w[b + "mlp_out.bias"])
         hs = out
-    return np.stack([w["head.weight"] @ norm(h, "transformer.norm") + w["head.bias"] for h in hs])
+    V = len(w["transformer.embed.weight"]) - 1  # the head has unused rows behind these
+    return np.stack([w["head.weight"][:V] @ norm(h, "transformer.norm") + w["head.bias"][:V] for h in hs])
 
 
 @torch.no_grad()
@@ -1028,6 +1040,60 @@ def test_chunks_change_nothing(monkeypatch):
         monkeypatch.setattr(edlm, name, 1)
     for a, b in zip(whole, results(1), strict=True):
         close(a, b)
+
+
+def test_log_prob_of_a_vocabulary_in_pieces(monkeypatch):
+    """Values and gradients of log p are those of one softmax over all of V, whatever is held at once."""
+    torch.manual_seed(0)
+    ar = edlm.AutoregressiveLM(edlm.Config(200, 6, 1, 2, 8)).double()
+    ar.head.bias.data.normal_()
+    hidden, target = torch.randn(30, 8, dtype=torch.float64, requires_grad=True), torch.randint(0, 200, (30,))
+    cotangent, results = torch.randn(30, dtype=torch.float64), []
+    for pieces in (0, 1, 3, 4):
+        if pieces:
+            monkeypatch.setattr(edlm, "PROJECTION_ELEMENTS", 30 * (-(-200 // pieces) + 63))
+            log_p = ar._project(hidden, target)
+        else:
+            log_p = ar.head(hidden).log_softmax(dim=1).gather(1, target[:, None])[:, 0]
+        gradients = torch.autograd.grad((log_p * cotangent).sum(), [hidden, ar.head.weight, ar.head.bias])
+        results.append([log_p.detach(), *gradients])
+    for other in results[1:]:
+        for got, true in zip(other, results[0], strict=True):
+            close(got, true)
+    assert ar._project(hidden[:0], target[:0]).shape == (0,)
+
+
+class Waits(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the operations after which a CPU must wait for a GPU: those whose result's size or use depends on data."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        indices = [a for a in args[1] if a is not None] if name in ("index", "index_put", "index_put_") else []
+        if name in ("nonzero", "masked_select", "_local_scalar_dense", "masked_scatter_backward") or any(
+            index.dtype == torch.bool for index in indices
+        ):
+            self.seen.add(name)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_training_step_never_waits_for_the_device(stage):
+    """No operation of forward and backward needs a number back from the GPU. (Sampling does, at every event.)"""
+    config = edlm.Config(70, 12, 1, 2, 16)
+    denoiser = edlm.Denoiser(config).eval().requires_grad_(stage == "denoiser")
+    energy = edlm.NCEResidual.from_denoiser(denoiser)
+    net = dict(denoiser=denoiser, ar=edlm.AutoregressiveLM(config), energy=energy)[stage]
+    x0 = torch.randint(0, 70, (5, 12))
+    with Waits() as waits:
+        train.training_loss(stage, net, denoiser, x0).backward()
+    assert all(p.grad is not None for p in net.parameters()) and not waits.seen
+    with Waits() as waits:
+        denoiser(x0, x0 < 9)
+    assert waits.seen == {"nonzero"}  # the mode sees what it is there to see
 
 
 # =======================================================================================================
@@ -2561,7 +2627,7 @@ def test_every_energy_gives_the_promised_figures(run_dir, energy, capsys):
     if energy == "none":
         assert got["ess"] is None and got["energy_forwards"] == 0
     else:
-        assert 1 <= got["ess"] <= 3.0001 and got["energy_forwards"] == pytest.approx(3 * got["denoiser_forwards"])
+        assert 1 <= got["ess"] <= 3.0001 and 0 < got["energy_forwards"] <= 3 * got["denoiser_forwards"]
     assert got["texts"][0] in capsys.readouterr().out
 
 

@@ -380,12 +380,15 @@ def build(stage: str, config: edlm.Config, tokenizer: str, s: Settings, device):
 
 def training_loss(stage: str, net, denoiser, x0: torch.Tensor) -> torch.Tensor:
     """The scalar a stage minimises: nats per token, or the NCE loss (2 ln 2 = 1.386 where it cannot tell)."""
-    M = x0.shape[1] - 1
-    if stage == "denoiser":
-        return edlm.nelbo(net, x0, mask_id=getattr(net, "module", net).config.mask_id).mean() / M
+    B, M = len(x0), x0.shape[1] - 1
     if stage == "ar":
         return -net(x0).sum(dim=1).mean() / M
-    return edlm.nce_loss(denoiser, net, x0, mask_id=denoiser.config.mask_id)
+    n = edlm.mask_counts(B, M)
+    count = sum(n.tolist())  # known on the CPU: no GPU need be asked, and waited for, how many rows to project
+    if stage == "denoiser":
+        mask_id = getattr(net, "module", net).config.mask_id
+        return edlm.nelbo(partial(net, count=count), x0, mask_id=mask_id, n=n).mean() / M
+    return edlm.nce_loss(partial(denoiser, count=count), net, x0, mask_id=denoiser.config.mask_id, n=n)
 
 
 @torch.no_grad()
@@ -710,7 +713,7 @@ def matmul_rate(device, repeats: int = 5) -> float:
 
 def plain_loss(net: edlm.Denoiser, x0: torch.Tensor) -> torch.Tensor:
     """The reference for --bench: the same loss, but with every position projected onto the vocabulary."""
-    n = edlm.mask_counts(len(x0), x0.shape[1] - 1, device=x0.device)
+    n = edlm.mask_counts(len(x0), x0.shape[1] - 1).to(x0.device)
     x_t = edlm.mask_tokens(x0, n, mask_id=net.config.mask_id)
     logits = net.head(net.transformer(net.transformer.embed(x_t)))                 # [B, L, V]
     loss = F.cross_entropy(logits.flatten(0, 1).float(), x0.flatten(), reduction="none").view_as(x0)
