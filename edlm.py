@@ -408,7 +408,7 @@ class AutoregressiveLM(nn.Module):
             log_p = self._project(hidden[where], tokens[where])
             return torch.zeros(where.shape, device=where.device).masked_scatter(where, log_p).sum(dim=-1)
 
-        if shared < last // 16:  # plain causal attention over everything is faster than with so short a past
+        if shared <= last // 16:  # plain causal attention over everything is faster than with so short a past
             asked = where[:, None, 1 : last + 1].expand(B, K, -1)
             return score(read(candidates[:, :, :last]), candidates[:, :, 1 : last + 1], asked)
         past = []
@@ -518,8 +518,9 @@ class NCEResidual(nn.Module):
         """candidates Long[B, K, L], x_t Long[B, L] -> energy Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]    # [B, K, L, d]
-        h = self.transformer(h.flatten(0, 1)).mean(dim=1)                          # [B K, d]
-        return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2]).float()  # [B, K]
+        h = self.transformer(h.flatten(0, 1)).mean(dim=1).float()                  # [B K, d]
+        with torch.autocast(h.device.type, enabled=False):  # in bf16 the answer would have three digits
+            return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2])  # [B, K]
 
 
 def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int, n: Tensor | None = None) -> Tensor:

@@ -68,7 +68,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--compare", action="store_true", help="a table over --steps, --k and energies; both may be lists: 4,8,16")
     add("--judge", help="--compare: perplexity under this causal LM too (needs the package transformers)")
     add("--bench", nargs="?", const="small", choices=BENCHES, help="measure speed (default shape: small)")
-    add("--batch", type=numbers, default=[1, 8], help="--bench: batch sizes (default: 1,8)")
+    add("--batch", type=numbers, help="texts at once (default: 1 GiB of logits; --bench, also a list: 1,8)")
     add("--max_tokens", type=int, default=edlm.MAX_TOKENS, help="tokens through the energy at once, caps its memory")
     add("--device", default="", help="cuda, mps or cpu (default: the first that is there)")
     args = parser.parse_args(argv)
@@ -86,6 +86,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--judge is a column of --compare: give that too")
     if len(args.num) > 1:
         parser.error("--num is one number")
+    if len(args.batch or []) > 1 and not args.bench:
+        parser.error("--batch takes a list only with --bench")
     if not 0 <= args.seed < 2**63:
         parser.error(f"--seed must not be negative nor beyond 2**63: it is {args.seed}")
     if args.json:
@@ -171,7 +173,7 @@ def draw(run: Run, start: torch.Tensor, num: int, args, *, model="diffusion", en
     """`num` sequences from `start`, in batches that fit into memory."""
     generator = torch.Generator(edlm.exact_device(run.device)).manual_seed(args.seed)
     L, mask_id = len(start), run.config.mask_id
-    batch = min(num, max(1, LOGITS_AT_ONCE // (run.config.vocab_size * L)))
+    batch = args.batch[0] if args.batch else max(1, LOGITS_AT_ONCE // (run.config.vocab_size * L))
     begun, done, last_states, ess = time.perf_counter(), [], [], []
     with data.autocast(run.device):
         for i in range(0, num, batch):
@@ -410,7 +412,7 @@ def bench(args) -> list[dict]:
     print(f"{args.bench} on {device}: {BENCHES[args.bench]}, {steps} steps, k = {k} for EDLM-AR")
     print(f"{'':18}{'forwards':>10}{'rows':>12}{'seconds':>10}{'plain':>10}{'ratio':>8}{'ms/event':>10}{'bare ms':>9}")
     rows = []
-    for batch in args.batch:
+    for batch in args.batch or (1, 8):
         x = torch.full((batch, config.block_size), config.mask_id, device=device)
         x[:, 0] = 0
         for name, energy, plain_energy in (

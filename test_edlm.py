@@ -1063,6 +1063,36 @@ def test_log_prob_of_a_vocabulary_in_pieces(monkeypatch):
     assert ar._project(hidden[:0], target[:0]).shape == (0,)
 
 
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes how many numbers the largest tensor has that an operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        made = op(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.parameters:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("energy", ["ar", "coar", "nce"])
+def test_many_candidates_need_no_larger_tensor_than_one(energy, monkeypatch):
+    """64 candidates never make anything larger than the one [N, V] tensor of logits that a single one needs."""
+    config = edlm.Config(3000, 16, 1, 2, 8)
+    torch.manual_seed(0)
+    ar, denoiser = edlm.AutoregressiveLM(config).eval(), edlm.Denoiser(config).eval()
+    energy = edlm.NCEResidual.from_denoiser(denoiser) if energy == "nce" else edlm.ARResidual(ar, energy == "coar")
+    monkeypatch.setattr(edlm, "PROJECTION_ELEMENTS", 2 * 15 * 3000)
+    x = torch.full((2, 16), 3000)
+    x[:, 0] = 0
+    for k in (1, 64):
+        with Largest() as largest:
+            largest.parameters = {p.untyped_storage().data_ptr() for m in (ar, denoiser) for p in m.parameters()}
+            edlm.sample(denoiser, x, mask_id=3000, steps=2, energy=energy, k=k, max_tokens=64)
+        assert largest.numbers <= 2 * 15 * 3008
+
+
 class Waits(torch.utils._python_dispatch.TorchDispatchMode):
     """Notes the operations after which a CPU must wait for a GPU: those whose result's size or use depends on data."""
 
@@ -2054,6 +2084,8 @@ SAMPLE_MISTAKES = [
     ("--window nan", "--window: must be between 0 and 1"),
     ("--num 0", "--num: must be at least 1"),
     ("--num 2,3", "--num is one number"),
+    ("--batch 0", "--batch: must be at least 1"),
+    ("--batch 2,3", "list only with --bench"),
     ("--seed -1", "--seed"),
     (f"--seed {2**70}", "--seed"),
     ("--device banana", "no device 'banana'.*cpu"),
@@ -2382,9 +2414,27 @@ def test_killed_and_resumed_is_bit_identical(when, launch, small_toy, uninterrup
     argv = flags(small_toy, tmp_path / "run", "--stage", "denoiser", *RESUMABLE)
     code, screen = launch(argv, KILLS[when])
     assert code == -9, screen
+    if (tmp_path / "run/denoiser.previous.pt").exists():  # once there was a checkpoint, there always is one
+        edlm.load_checkpoint(tmp_path / "run/denoiser.pt")
     code, screen = launch([*argv, "--resume"])
     assert code == 0, screen
     assert_same_run(tmp_path / "run", only(uninterrupted, tmp_path / "expected", "denoiser"), "denoiser")
+
+
+def test_without_hard_links_a_kill_between_two_renames_is_mended(launch, small_toy, uninterrupted, tmp_path):
+    argv = flags(small_toy, tmp_path / "run", "--stage", "denoiser", *RESUMABLE)
+    no_links = "def link(*names): raise OSError('not supported')\nos.link = link\n"
+    assert launch(argv, no_links + "signal_at(os, 'replace', 5)")[0] == -9
+    assert not (tmp_path / "run/denoiser.pt").exists()
+    code, screen = launch([*argv, "--resume"], no_links)
+    assert code == 0 and re.search("denoiser.pt is missing.*resuming from .*denoiser.previous.pt", screen), screen
+    assert_same_run(tmp_path / "run", only(uninterrupted, tmp_path / "expected", "denoiser"), "denoiser")
+
+
+def test_other_data_is_not_resumed(run_dir, refused):
+    for n_train, seed in ((220, 0), (200, 1)):
+        data.make_toy(f"data/{n_train}-{seed}", n_train=n_train, n_val=40, seed=seed)
+        refused("train.py", flags(f"data/{n_train}-{seed}", "out/toy", "--resume"), "belongs to another corpus")
 
 
 def test_killed_energy_is_bit_identical(launch, small_toy, uninterrupted, tmp_path):

@@ -23,6 +23,7 @@ import signal
 import sys
 import textwrap
 import time
+import zlib
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -292,14 +293,23 @@ def load_newest(out, stage: str, device):
 
 
 def save_stage(s: Settings, stage: str, model, ema, optimizers, step: int, extra: dict) -> None:
-    """Saves averaged weights and training state; the newest becomes the previous once its successor is whole."""
-    path = checkpoint_path(s.out, stage)
+    """Saves averaged weights and training state; the newest becomes the previous once its successor is whole.
+
+    At every moment <stage>.pt is a whole checkpoint: the old one gets its second name before it loses the first.
+    """
+    path, previous = checkpoint_path(s.out, stage), previous_path(s.out, stage)
     fresh = path.with_suffix(".fresh.pt")
     optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
     training = dict(step=step, settings=asdict(s), model=model.state_dict(), optimizers=optimizer_states)
     edlm.save_checkpoint(fresh, ema.module, training=training, **extra)
     if path.exists():
-        os.replace(path, previous_path(s.out, stage))
+        link = previous.with_suffix(".tmp")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links: for an instant, only --resume finds the checkpoint
+            link = path
+        os.replace(link, previous)
     os.replace(fresh, path)
 
 
@@ -402,10 +412,20 @@ def validation_loss(stage: str, model, denoiser, blocks, s: Settings, device) ->
     return sum(n * value for n, value in values) / sum(n for n, _ in values)
 
 
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has built in this process. It grows when shapes vary, which they should not."""
+    return torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+
+
 def batches(blocks, limit: int, config: edlm.Config):
     """The first `limit` blocks in batches whose logits stay within 2**27 numbers."""
     size = min(256, max(1, 2**27 // (config.vocab_size * config.block_size)))
     return DataLoader(torch.utils.data.Subset(blocks, range(min(limit, len(blocks)))), batch_size=size)
+
+
+def corpus_name(blocks: data.Blocks) -> str:
+    """What the blocks were cut from, in a few characters: another number of them would come in another order."""
+    return f"{len(blocks)} blocks of {zlib.crc32(json.dumps(blocks.meta['source']).encode()):08x}"
 
 
 def seed_of(seed: int, step: int, part: int) -> int:
@@ -420,7 +440,9 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
     model, denoiser = build(stage, config, blocks.tokenizer, s, device)
     ema = AveragedModel(model).eval()  # averaged as `ema_decay` says, step by step
     optimizers = make_optimizers(model, s, device)
-    extra = dict(tokenizer=blocks.tokenizer) | ({} if denoiser is None else dict(denoiser=edlm.fingerprint(denoiser)))
+    extra = dict(tokenizer=blocks.tokenizer, corpus=corpus_name(blocks))
+    if denoiser is not None:
+        extra["denoiser"] = edlm.fingerprint(denoiser)
     step = 0
     if s.resume and has_checkpoint(s.out, stage):
         averaged, checkpoint = load_newest(s.out, stage, device)
@@ -428,12 +450,10 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
         if saved is None:
             raise ValueError(f"{checkpoint_path(s.out, stage)} holds no training state to resume: use --overwrite")
         check_same_run(s, saved["settings"], checkpoint_path(s.out, stage))
-        for fact, value in extra.items():
-            if checkpoint[fact] != value:
-                raise ValueError(
-                    f"{checkpoint_path(s.out, stage)} belongs to another {fact} ({checkpoint[fact]}, here {value}): "
-                    f"train it anew with --stage {stage} --overwrite"
-                )
+        for fact, here in extra.items():
+            if (there := checkpoint.get(fact)) != here:
+                raise ValueError(f"{checkpoint_path(s.out, stage)} belongs to another {fact} ({there}, here {here}): "
+                                 f"train it anew with --stage {stage} --overwrite")  # fmt: skip
         ema.module.load_state_dict(averaged.state_dict())
         step = saved["step"]
         ema.n_averaged.fill_(step)
@@ -458,7 +478,8 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
     loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu, num_workers=int(on_gpu),
                              worker_init_fn=ignore_sigterm))  # fmt: skip
     accumulate = s.batch_size // (micro * world)
-    if s.compile or on_gpu:
+    compiled = s.compile or on_gpu
+    if compiled:
         model.transformer.compile()  # shapes are fixed there: only the head sees the varying number of masks
         if denoiser is not None:
             denoiser.transformer.compile()
@@ -467,7 +488,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
     if rank == 0:
         make_room(s, stage, step)  # only now, when every setting has been tried
     peak = matmul_rate(device) if on_gpu else None
-    shown, mark = {}, (step, time.perf_counter())
+    shown, mark, graphs = {}, (step, time.perf_counter()), compiled_graphs()
     bar = tqdm(total=last, initial=step, desc=f"{stage:8}", unit="step", disable=rank > 0, mininterval=0.5)
     with bar:  # closed before a message is printed
         while step < last:
@@ -521,6 +542,8 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
                 if world > 1:
                     dist.barrier()  # nobody leaves, and so ends the others, before rank 0 has saved
                 return False
+    if rank == 0 and compiled:
+        print(f"{stage}: {compiled_graphs() - graphs} compiled graphs")
     return True
 
 
@@ -747,16 +770,15 @@ def bench(s: Settings) -> None:
     flops = flops_per_token(config, PROJECTED["denoiser"])
     peak = matmul_rate(device)
     share = flops * rows[0]["tokens_per_second"] / peak
-    recompiles = torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
     for row in rows:
         memory = "" if row["peak_gib"] is None else f"   peak {row['peak_gib']:.1f} GiB"
         print(f"{row['step']:14} {row['seconds']:8.3f} s/step {row['tokens_per_second']:10,.0f} tokens/s{memory}")
     ratio = rows[1]["seconds"] / rows[0]["seconds"]
     print(f"ratio {ratio:.2f}; {flops / 1e6:,.0f} MFLOP per token, {share:.0%} of the measured matmul rate "
-          f"({peak / 1e9:,.0f} GFLOP/s); {recompiles} compiled graphs")  # fmt: skip
+          f"({peak / 1e9:,.0f} GFLOP/s); {compiled_graphs()} compiled graphs")  # fmt: skip
     if s.json:
         facts = dict(ratio=ratio, flops_per_token=flops, matmul_share=share, matmul_flops=peak)
-        data.write_json(s.json, dict(settings=asdict(s), rows=rows, compiled_graphs=recompiles, **facts))
+        data.write_json(s.json, dict(settings=asdict(s), rows=rows, compiled_graphs=compiled_graphs(), **facts))
 
 
 def bench_step(denoiser, loss, optimizers, x0, s: Settings, device) -> None:
