@@ -31,7 +31,7 @@ Symbols and shapes, the same everywhere:
     mask_id = V            an input only, never an output
     x_t     Long[B, L]     x0 with some tokens replaced by mask_id
     where   Bool[B, L]     which positions are asked for; [N] rows follow its row-major order
-    logits  Float[N, V]    denoiser(x_t, where); anything callable so is a denoiser
+    logits  Float[N, V]    denoiser(x_t, where), N rows exactly; anything callable so is a denoiser
     log_q   Float[B, K]    log-probability of a candidate's masked tokens under the denoiser, nats
     energy  Float[B, K]    energy(candidates Long[B, K, L], x_t, log_q); low means real
     mu      the denoiser's distribution;  E energy, Z its normaliser;  T_n = log mean_j exp(-E(x^(j), x_t))
@@ -91,7 +91,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: Float[B, heads, L, D]; cos, sin: Float[L, D / 2].
     """
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)   # the angles are float32
 
 
 class Block(nn.Module):
@@ -111,16 +111,20 @@ class Block(nn.Module):
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, past: tuple | None = None) -> tuple[Tensor, tuple]:
         """Float[B, L, d] -> the same, and this block's (keys, values), Float[B, heads, past + L, D] each.
 
-        past: (keys, values) of the tokens before; K sequences in a row may share those of one.
+        past: (keys, values) of the tokens before; with B / K rows, each is for K sequences in a row.
         """
         B, L, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)                            # [B, heads, L, D]
         visible = None
         if past is not None:
-            before = [p[:, None].expand(-1, B // len(p), -1, -1, -1).flatten(0, 1) for p in past]
-            k, v = torch.cat((before[0], k), dim=2), torch.cat((before[1], v), dim=2)
-            visible = torch.ones(L, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - L)
+            k, v = (
+                torch.cat((p[:, None].expand(-1, B // len(p), -1, -1, -1), new.unflatten(0, (len(p), -1))), dim=3)
+                for p, new in zip(past, (k, v), strict=True)
+            )
+            k, v = k.flatten(0, 1), v.flatten(0, 1)                                # [B, heads, past + L, D]
+            if L > 1:
+                visible = torch.ones(L, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - L)
         a = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=self.causal and past is None
         )
@@ -224,7 +228,7 @@ def mask_tokens(x0: Tensor, n: Tensor, *, mask_id: int, generator: torch.Generat
 
 
 def mask_counts(B: int, M: int, *, steps: int | None = None) -> Tensor:
-    """How many of M positions to mask: n Long[B] on the CPU, each row drawn from p(n), n = 1..M, by itself unbiased.
+    """How many of M positions to mask: n Long[B] on the CPU, each row alone a draw from p(n), n = 1..M.
 
     Equation (3) weighs a set of n masked tokens by 1/n and sums n losses over it, so n is uniform. A chain
     of `steps` steps of the linear schedule weighs it as `step_weights` says. The rows, in random order, take
@@ -235,16 +239,6 @@ def mask_counts(B: int, M: int, *, steps: int | None = None) -> Tensor:
         return (u * M).long().clamp(max=M - 1) + 1
     edges = step_weights(M, steps).sum(dim=0).cumsum(dim=0)                        # [M]
     return torch.searchsorted(edges.to(u), u, right=True).clamp(max=M - 1) + 1
-
-
-def selected(where: Tensor, count: int | None = None) -> Tensor:
-    """Flat positions b L + i of the True entries of where Bool[B, L], in row-major order: Long[N].
-
-    N is a fact about the data, so a GPU's answer must be waited for, unless the caller knows it: the count.
-    """
-    if count is None:
-        return where.flatten().nonzero()[:, 0]
-    return torch.nonzero_static(where.flatten(), size=count)[:, 0]
 
 
 @functools.cache
@@ -267,6 +261,17 @@ def step_weights(M: int, steps: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------
 # 3. The denoiser and its NELBO
 # ---------------------------------------------------------------------------------------------------------
+
+
+def selected(where: Tensor, count: int | None = None) -> Tensor:
+    """Flat positions b L + i of the True entries of where Bool[B, L], in row-major order: Long[N].
+
+    Without a count the CPU must wait for the GPU to say how many there are; with count = N nothing waits (and
+    nothing checks it).
+    """
+    if count is None:
+        return where.flatten().nonzero()[:, 0]
+    return torch.nonzero_static(where.flatten(), size=count)[:, 0]
 
 
 class Denoiser(nn.Module):
@@ -313,7 +318,9 @@ def nelbo(denoiser, x0: Tensor, *, mask_id: int, n: Tensor | None = None) -> Ten
     return -token_log_prob(denoiser(x_t, where), x0, where).sum(dim=1) * M / n     # [B]
 
 
-CDF_ELEMENTS = 2**23  # cumulative sums held at once: 64 MiB of float64
+def elements_at_once(device: torch.device) -> int:
+    """Size of the pieces in which [N, V] numbers are worked on where not all are kept: a CPU's cache, or GPU memory."""
+    return 2**23 if device.type == "cpu" else 2**27
 
 
 def exact_device(device: torch.device) -> torch.device:
@@ -333,7 +340,7 @@ def categorical(logits: Tensor, k: int, generator: torch.Generator | None = None
     log_prob = torch.empty(N, k, device=logits.device)
     device = exact_device(logits.device)
     u = torch.rand(N, k, dtype=torch.float64, device=device, generator=generator)
-    rows = max(1, CDF_ELEMENTS // V)
+    rows = max(1, elements_at_once(device) // V)
     for i in range(0, N, rows):
         p = logits[i : i + rows].to(device).float().softmax(dim=1)                 # [rows, V]
         cdf = p.cumsum(dim=1, dtype=torch.float64)
@@ -348,7 +355,7 @@ def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None) 
     (B, L), index = x_t.shape, selected(where, len(logits))
     tokens, log_prob = categorical(logits, k, generator)                           # [N, k]
     candidates = x_t.flatten()[:, None].repeat(1, k).index_copy(0, index, tokens)  # [B L, k]
-    log_q = torch.zeros(B, k, device=x_t.device).index_add(0, index // L, log_prob)
+    log_q = log_prob.new_zeros(B * L, k).index_copy(0, index, log_prob).view(B, L, k).sum(dim=1)
     return candidates.view(B, L, k).transpose(1, 2).contiguous(), log_q
 
 
@@ -358,14 +365,12 @@ def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor
     index = selected(where, len(logits))
     tokens = candidates.transpose(1, 2).flatten(0, 1)[index]                       # [N, K]
     log_mu = logits.float().log_softmax(dim=1).gather(1, tokens)
-    return torch.zeros(B, K, device=logits.device).index_add(0, index // L, log_mu)
+    return log_mu.new_zeros(B * L, K).index_copy(0, index, log_mu).view(B, L, K).sum(dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 4. The autoregressive model
 # ---------------------------------------------------------------------------------------------------------
-
-PROJECTION_ELEMENTS = 2**23  # logits held at once by log_prob: 32 MiB of float32, what a CPU cache can hold
 
 
 class AutoregressiveLM(nn.Module):
@@ -390,8 +395,8 @@ class AutoregressiveLM(nn.Module):
         """The sum over `where` of log p(x_i | x_<i), for K candidates of each row at the least cost.
 
         candidates Long[B, K, L] that share x[:, 0]; where Bool[B, L], False at position 0 -> Float[B, K],
-        nats. What all candidates agree on at the start is read and scored once per row (its keys and values
-        are handed to the K), and nothing is read behind the last asked-for token.
+        nats. The tokens before the first at which candidates of any row disagree are read and scored once per
+        row (their keys and values are handed to the K), and nothing is read behind the last asked-for token.
         """
         B, K, L = candidates.shape
         last = int((where.any(dim=0) * torch.arange(L, device=where.device)).max().clamp(min=1))
@@ -408,40 +413,41 @@ class AutoregressiveLM(nn.Module):
             log_p = self._project(hidden[where], tokens[where])
             return torch.zeros(where.shape, device=where.device).masked_scatter(where, log_p).sum(dim=-1)
 
-        if shared <= last // 16:  # plain causal attention over everything is faster than with so short a past
-            asked = where[:, None, 1 : last + 1].expand(B, K, -1)
-            return score(read(candidates[:, :, :last]), candidates[:, :, 1 : last + 1], asked)
-        past = []
-        prefix = read(candidates[:, 0, :shared], keep=past)                        # [B, shared, d]
-        once = score(prefix[:, :-1], candidates[:, 0, 1:shared], where[:, 1:shared])        # [B]
-        hidden = prefix[:, None, -1:].expand(B, K, 1, -1)                          # foresees token `shared`
-        if shared < last:
-            hidden = torch.cat((hidden, read(candidates[:, :, shared:last], past)), dim=2)
-        asked = where[:, None, shared : last + 1].expand(B, K, -1)
-        return once[:, None] + score(hidden, candidates[:, :, shared : last + 1], asked)
+        if shared <= last // 16:  # so short a past saves less than plain causal attention over everything
+            first, once, hidden = 1, 0, read(candidates[:, :, :last])              # [B, K, last, d]
+        else:
+            past = []
+            prefix = read(candidates[:, 0, :shared], keep=past)                    # [B, shared, d]
+            first, once = shared, score(prefix[:, :-1], candidates[:, 0, 1:shared], where[:, 1:shared])[:, None]
+            hidden = prefix[:, None, -1:].expand(B, K, 1, -1)                      # foresees token `shared`
+            if shared < last:
+                hidden = torch.cat((hidden, read(candidates[:, :, shared:last], past)), dim=2)
+        asked = where[:, None, first : last + 1].expand(B, K, -1)
+        return once + score(hidden, candidates[:, :, first : last + 1], asked)
 
     def _project(self, hidden: Tensor, target: Tensor) -> Tensor:
         """log p(target) = its logit - log sum exp of all V: hidden Float[N, d], target Long[N] -> Float[N].
 
-        The vocabulary goes by in pieces, so that never more than PROJECTION_ELEMENTS logits are held. In
-        training each piece is computed again in the backward pass instead of being kept.
+        The vocabulary goes by in pieces (their log sum exps have a log sum exp again), so that [N, V] logits are
+        never held. In training each piece is computed again in the backward pass instead of being kept. Under
+        autocast single logits carry its rounding; all sums are float32.
         """
+        V = self.config.vocab_size
 
-        def piece(first, weight, bias):
-            """Of these columns: log sum exp of the logits, and the target's if it is one of them, else 0."""
-            logits = F.linear(hidden, weight, bias).float()                        # [N, columns]
-            column = target - first
-            inside = (column >= 0) & (column < len(bias))
-            chosen = logits.gather(1, column.clamp(0, len(bias) - 1)[:, None])[:, 0]
-            return logits.logsumexp(dim=1), chosen.where(inside, 0)
+        def piece(start, weight, bias):
+            """Of these columns: log sum exp of the logits, and the target's if it is one of them, else -inf."""
+            logits = F.linear(hidden, weight, bias)[:, : V - start].float()        # without the head's unused rows
+            column = target - start
+            inside = (column >= 0) & (column < logits.shape[1])
+            chosen = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+            return logits.logsumexp(dim=1), chosen.where(inside, -math.inf)
 
         if torch.is_grad_enabled():
             piece = functools.partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
-        V = self.config.vocab_size
-        columns = max(1, PROJECTION_ELEMENTS // max(1, len(target)) // 64) * 64
-        weights, biases = self.head.weight[:V].split(columns), self.head.bias[:V].split(columns)
+        columns = max(1, elements_at_once(hidden.device) // max(1, len(target)) // 64) * 64
+        weights, biases = self.head.weight.split(columns), self.head.bias.split(columns)
         log_sums, chosen = zip(*map(piece, range(0, V, columns), weights, biases), strict=True)
-        return sum(chosen) - torch.stack(log_sums).logsumexp(dim=0)
+        return torch.stack(chosen).amax(dim=0) - torch.stack(log_sums).logsumexp(dim=0)
 
     @torch.no_grad()
     def sample(self, x: Tensor, length: int, generator: torch.Generator | None = None) -> Tensor:
@@ -455,7 +461,8 @@ class AutoregressiveLM(nn.Module):
                              f"{self.config.block_size}")  # fmt: skip
         past, new = None, x
         while x.shape[1] < length:
-            hidden = self.transformer(self.transformer.embed(new), past, keep := [])        # [B, 1 or P, d]
+            keep = []
+            hidden = self.transformer(self.transformer.embed(new), past, keep)     # [B, 1 or P, d]
             past = keep
             new, _ = categorical(self.head(hidden[:, -1]), 1, generator)           # [B, 1]
             x = torch.cat((x, new), dim=1)
@@ -518,8 +525,8 @@ class NCEResidual(nn.Module):
         """candidates Long[B, K, L], x_t Long[B, L] -> energy Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]    # [B, K, L, d]
-        h = self.transformer(h.flatten(0, 1)).mean(dim=1).float()                  # [B K, d]
-        with torch.autocast(h.device.type, enabled=False):  # in bf16 the answer would have three digits
+        h = self.transformer(h.flatten(0, 1).float()).mean(dim=1)                  # [B K, d]
+        with torch.autocast(h.device.type, enabled=False):  # bf16 would leave the answer three digits
             return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2])  # [B, K]
 
 
@@ -538,9 +545,9 @@ def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int, n: Tensor | None = N
     where = x_t == mask_id
     with torch.no_grad():
         logits = denoiser(x_t, where)
-        negatives, _ = propose(logits, x_t, where, 1)
+        negatives, log_q = propose(logits, x_t, where, 1)
         pair = torch.cat((x0[:, None], negatives), dim=1)                          # [B, 2, L]
-        log_q = candidate_log_q(logits, pair, where)                               # [B, 2]
+        log_q = torch.cat((candidate_log_q(logits, x0[:, None], where), log_q), dim=1)      # [B, 2]
     e_real, e_fake = energy(pair, x_t, log_q).unbind(dim=1)
     return (F.softplus(e_real) + F.softplus(-e_fake)).mean()
 
@@ -548,6 +555,12 @@ def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int, n: Tensor | None = N
 # ---------------------------------------------------------------------------------------------------------
 # 6. Decoding by importance sampling (Algorithm 1)
 # ---------------------------------------------------------------------------------------------------------
+
+# Algorithm 1 as printed visits every step, computes all V probabilities at all L positions, and judges k whole
+# sequences each time. The same law costs less: the steps that reveal something are drawn up front
+# (`reveal_clock`), and rows of a batch share a forward pass at different times; only tokens that are due, and
+# those that their judge must see, reach the vocabulary (`where`); k draws share one cumulative sum
+# (`categorical`); candidates that agree on all that is due need no judge.
 
 MAX_TOKENS = 2**14  # tokens that go through the energy in one call
 
@@ -558,10 +571,13 @@ def importance_weights(energy: Tensor) -> Tensor:
 
 
 def in_chunks(energy, candidates: Tensor, x_t: Tensor, log_q: Tensor, max_tokens: int) -> Tensor:
-    """energy(candidates, x_t, log_q), Float[B, K], at most max_tokens tokens (or one sequence) a call."""
+    """energy(candidates, x_t, log_q), Float[B, K], at most max_tokens tokens (or one sequence) a call.
+
+    The candidates of a row stay together as far as that goes: energies may share work among them.
+    """
     B, K, L = candidates.shape
-    b = min(B, max(1, max_tokens // L))
-    k = min(K, max(1, max_tokens // (b * L)))
+    k = min(K, max(1, max_tokens // L))
+    b = min(B, max(1, max_tokens // (k * L)))
     rows = [slice(i, i + b) for i in range(0, B, b)]
     cols = [slice(j, j + k) for j in range(0, K, k)]
     return torch.cat(
@@ -589,9 +605,9 @@ class SampleState:
 
     x: Tensor  # Long[B, L]
     t: Tensor  # Float[B], the time each row has reached: 1 at the start, 0 only once all is revealed
-    ess: Tensor  # Float[B], effective sample size 1 / sum w^2 of this event's weights, nan where none were
+    ess: Tensor  # Float[B], effective sample size 1 / sum w^2 of this event's weights, nan where none were judged
     denoiser_forwards: Tensor  # Long[B], sequences through the denoiser so far
-    energy_forwards: Tensor  # Long[B], candidates through the energy so far: none where all k agree on what is due
+    energy_forwards: Tensor  # Long[B], candidates through the energy so far
     projected: Tensor  # Long[B], rows through the denoiser's vocabulary projection so far
 
 
@@ -622,20 +638,19 @@ def sample_states(
         k = 1
     clock = reveal_clock(x == mask_id, steps, schedule, generator)                 # [B, L]
     nothing = torch.full((len(x),), float("nan"), device=x.device)
-    count = torch.zeros_like(x[:, 0])
-    state = SampleState(x, torch.ones_like(nothing), nothing, count, count, count)
+    zero = torch.zeros_like(x[:, 0])
+    state = SampleState(x, torch.ones_like(nothing), nothing, zero, zero, zero)
     yield state
-    while (clock < steps).any():
-        step = clock.min(dim=1).values                                             # each row's next event
-        rows = (step < steps).nonzero()[:, 0]                                      # finished rows have left
-        x_t, due = state.x[rows], clock[rows] == step[rows, None]
-        judged = (step[rows] < window * steps) & (k > 1)
-        where = due | (judged[:, None] & (x_t == mask_id))
+    while len(rows := (clock < steps).any(dim=1).nonzero()[:, 0]):                 # finished rows have left
+        x_t, step = state.x[rows], clock[rows].min(dim=1).values                   # each row's next event
+        due = clock[rows] == step[:, None]
+        inside = (step < window * steps) & (k > 1)
+        where = due | (inside[:, None] & (x_t == mask_id))
         candidates, log_q = propose(denoiser(x_t, where), x_t, where, k, generator)
         chosen, ess = candidates[:, 0].clone(), nothing.clone()                    # [rows, L], [B]
-        differ = (candidates != candidates[:, :1]).any(dim=1) & due
-        judged &= differ.any(dim=1)  # only what is due will be kept: there all may agree already
-        if judged.any():
+        differ = ((candidates != candidates[:, :1]).any(dim=1) & due).any(dim=1)   # else any will do
+        judged = (inside & differ).nonzero()[:, 0]
+        if len(judged):
             few = candidates[judged]
             weights = importance_weights(in_chunks(energy, few, x_t[judged], log_q[judged], max_tokens))
             pick, _ = categorical(weights.log(), 1, generator)                     # log: it wants logits
@@ -643,10 +658,10 @@ def sample_states(
             ess[rows[judged]] = 1 / weights.square().sum(dim=1)
         state = SampleState(
             x=state.x.index_copy(0, rows, torch.where(due, chosen, x_t)),
-            t=state.t.index_copy(0, rows, 1 - (step[rows] + 1) / steps),
+            t=state.t.index_copy(0, rows, 1 - (step + 1) / steps),
             ess=ess,
             denoiser_forwards=state.denoiser_forwards.index_add(0, rows, torch.ones_like(rows)),
-            energy_forwards=state.energy_forwards.index_add(0, rows, k * judged.long()),
+            energy_forwards=state.energy_forwards.index_add(0, rows[judged], torch.full_like(judged, k)),
             projected=state.projected.index_add(0, rows, where.sum(dim=1)),
         )
         clock[rows] = clock[rows].masked_fill(due, steps)
@@ -661,7 +676,8 @@ def sample(
 
     All masks after BOS is unconditional sampling, tokens first a prompt, tokens anywhere infilling; given
     tokens never change. Plain diffusion (MDLM) is k = 1, no energy, or window = 0. With an energy and k > 1,
-    k candidates are judged in the steps with t > 1 - window, at most max_tokens tokens at a time.
+    k candidates are judged in the steps with t > 1 - window, unless they agree on all tokens due, at most
+    max_tokens tokens at a time.
 
     At most min(steps, masked tokens) forward passes a sequence, however large `steps` is. The law is that
     of the chain of `steps` steps, for any batch size; only floating-point rounding stands between. Raises
@@ -747,8 +763,8 @@ def joint_nelbo(
     if log_partition not in ("upper", "lower", "exact"):
         raise ValueError(f"log_partition must be upper, lower or exact, not {log_partition!r}")
     M = x0.shape[1] - 1
-    count = mask_counts(len(x0), M, steps=steps).to(x0.device)
-    x_t = mask_tokens(x0, count, mask_id=mask_id)
+    n_masked = mask_counts(len(x0), M, steps=steps).to(x0.device)
+    x_t = mask_tokens(x0, n_masked, mask_id=mask_id)
     where = x_t == mask_id
     logits = denoiser(x_t, where)
     log_q = candidate_log_q(logits, x0[:, None], where)                            # [B, 1]
@@ -757,7 +773,7 @@ def joint_nelbo(
         _, energies = draw_and_judge(energy, logits, x_t, where, n)
         lower, upper = bounds_from_energies(energies)
         log_p = log_p - (lower if log_partition == "lower" else upper)
-    return -log_p * M / count
+    return -log_p * M / n_masked
 
 
 @torch.no_grad()
@@ -773,8 +789,9 @@ def chain_nelbo(denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: in
     """
     B, L = x0.shape
     M = L - 1
-    count = mask_counts(B, M, steps=steps).to(x0.device)
-    x_t = mask_tokens(x0, count, mask_id=mask_id)
+    counts = mask_counts(B, M, steps=steps)                                        # [B]
+    n_masked = counts.to(x0.device)
+    x_t = mask_tokens(x0, n_masked, mask_id=mask_id)
     where = x_t == mask_id
     logits = denoiser(x_t, where)
     log_mu = token_log_prob(logits, x0, where)                                     # [B, L]
@@ -784,13 +801,13 @@ def chain_nelbo(denoiser, energy, x0: Tensor, *, mask_id: int, n: int, steps: in
     u = torch.rand(B, L, device=x0.device).masked_fill(~where, 2.0)
     revealed = F.one_hot(u.argmin(dim=1), L).bool()                                # one uniform member of S
     if steps is not None:
-        step = torch.multinomial(step_weights(M, steps).T[count.cpu() - 1], 1).to(x0.device)  # [B, 1]
+        step = torch.multinomial(step_weights(M, steps).T[counts - 1], 1).to(x0.device)  # [B, 1]
         revealed |= where & (torch.rand(B, L, device=x0.device) < 1 / (steps - step))
     # x0 on U, the proposal's draw on the rest, and the proposal's probability of both
     clamped = torch.where(revealed[:, None], x0[:, None], candidates)
     log_q = candidate_log_q(logits, clamped, where)
     log_rest = log_mean_exp(-in_chunks(energy, clamped, x_t, log_q, MAX_TOKENS))   # [B]
-    return -log_mu.sum(dim=1) * M / count + (log_z - log_rest) * M / revealed.sum(dim=1)
+    return -log_mu.sum(dim=1) * M / n_masked + (log_z - log_rest) * M / revealed.sum(dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------

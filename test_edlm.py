@@ -1036,8 +1036,8 @@ def test_chunks_change_nothing(monkeypatch):
         return [drawn, log_p.detach(), chain, *(p.grad.clone() for p in ar.parameters())]
 
     whole = results(10**6)
-    for name in ("PROJECTION_ELEMENTS", "CDF_ELEMENTS", "MAX_TOKENS"):
-        monkeypatch.setattr(edlm, name, 1)
+    monkeypatch.setattr(edlm, "MAX_TOKENS", 1)
+    monkeypatch.setattr(edlm, "elements_at_once", lambda device: 1)
     for a, b in zip(whole, results(1), strict=True):
         close(a, b)
 
@@ -1051,7 +1051,8 @@ def test_log_prob_of_a_vocabulary_in_pieces(monkeypatch):
     cotangent, results = torch.randn(30, dtype=torch.float64), []
     for pieces in (0, 1, 3, 4):
         if pieces:
-            monkeypatch.setattr(edlm, "PROJECTION_ELEMENTS", 30 * (-(-200 // pieces) + 63))
+            at_once = 30 * (-(-200 // pieces) + 63)
+            monkeypatch.setattr(edlm, "elements_at_once", lambda device, at_once=at_once: at_once)
             log_p = ar._project(hidden, target)
         else:
             log_p = ar.head(hidden).log_softmax(dim=1).gather(1, target[:, None])[:, 0]
@@ -1061,6 +1062,7 @@ def test_log_prob_of_a_vocabulary_in_pieces(monkeypatch):
         for got, true in zip(other, results[0], strict=True):
             close(got, true)
     assert ar._project(hidden[:0], target[:0]).shape == (0,)
+    assert (ar._project(hidden, target.clamp(min=200)) == -math.inf).all()  # no word of the vocabulary
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
@@ -1083,7 +1085,7 @@ def test_many_candidates_need_no_larger_tensor_than_one(energy, monkeypatch):
     torch.manual_seed(0)
     ar, denoiser = edlm.AutoregressiveLM(config).eval(), edlm.Denoiser(config).eval()
     energy = edlm.NCEResidual.from_denoiser(denoiser) if energy == "nce" else edlm.ARResidual(ar, energy == "coar")
-    monkeypatch.setattr(edlm, "PROJECTION_ELEMENTS", 2 * 15 * 3000)
+    monkeypatch.setattr(edlm, "elements_at_once", lambda device: 2 * 15 * 3000)
     x = torch.full((2, 16), 3000)
     x[:, 0] = 0
     for k in (1, 64):
