@@ -20,6 +20,7 @@ The road of a text, which is also the order of this file:
 import argparse
 import contextlib
 import difflib
+import errno
 import functools
 import http.client
 import itertools
@@ -693,7 +694,7 @@ def archive_documents(fetch, n_archives, start=(0, 0, 0)):
                         if (a, m, d) >= start:
                             yield (a, m, d), text
         except DAMAGE as error:
-            raise ValueError(f"{path} is damaged, or no archive at all ({error}): fetch it again") from None
+            raise ValueError(f"{path} is damaged or no archive ({error}): delete it and fetch it again") from None
         if not found:
             raise ValueError(f"{path} holds no .xz or .txt member: it is not an OpenWebText archive")
 
@@ -873,8 +874,11 @@ def prepare_text8(paths, out, *, shard_tokens, base_url, keep):
         raise ValueError(f"text8 is one file, not {len(paths)}")
     path = Path(paths[0]) if paths else download(f"{base_url.rstrip('/')}/text8.zip", Path(out) / "download")
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            text = archive.read(archive.namelist()[0])
+        try:
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read(archive.namelist()[0])
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and fetch it again") from None
     else:
         text = path.read_bytes()
     text = text.rstrip(b"\n")
@@ -927,6 +931,8 @@ def download(url, folder):
         except (OSError, http.client.HTTPException) as error:
             code = getattr(error, "code", 500)
             reason = str(error) or type(error).__name__
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
         if 400 <= code < 500 and code not in (408, 416, 429):
             raise OSError(f"cannot download {url}: {reason} (check the address, or give --base_url)")
         size = part.stat().st_size if part.exists() else 0
@@ -952,6 +958,8 @@ def _fetch_rest(url, part):
     with response:
         if response.status != 206:  # the server ignores ranges and starts again
             have = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise OSError("the server sent another part of the file than was asked for")
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         with (
@@ -1005,7 +1013,7 @@ def pick_device(name=""):
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     if name not in ("", "cuda", *there) or (name == "cuda" and len(there) == 1):
         raise ValueError(f"no device {name!r} on this machine: choose from {', '.join(there)}")
-    device = torch.device(name or there[0])
+    device = torch.device("cuda:0" if name == "cuda" else name or there[0])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1037,7 +1045,7 @@ def run(prog, main, hint=""):
     try:
         main()
     except torch.OutOfMemoryError:
-        print(f"{prog}: error: out of GPU memory: lower --micro_batch or --max_tokens, --num", file=sys.stderr)
+        print(f"{prog}: error: out of GPU memory: lower --micro_batch, or --batch or --max_tokens", file=sys.stderr)
         sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

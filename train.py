@@ -15,6 +15,7 @@ arithmetic as one process that accumulates W micro-batches.
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -52,13 +53,13 @@ PRESETS = {
         data="data/text8", block_size=256, n_layer=12, n_head=12, n_embd=768, dropout=0.05, optimizer="adamw",
         lr=3e-4, energy_lr=3e-4, weight_decay=0.0, warmup_steps=2000, lr_schedule="cosine", grad_clip=1.0, ema=0.9999,
         batch_size=512, micro_batch=64, denoiser_steps=1_000_000, ar_steps=1_000_000, energy_steps=10_000,
-        eval_every=5000, save_every=2500,
+        eval_every=2000, save_every=1000,
     ),
     "owt": dict(
         data="data/openwebtext", block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.1,
         optimizer="adamw", lr=3e-4, energy_lr=3e-4, weight_decay=0.0, warmup_steps=2500, lr_schedule="constant",
         grad_clip=1.0, ema=0.9999, batch_size=512, micro_batch=16, denoiser_steps=1_000_000, ar_steps=1_000_000,
-        energy_steps=400_000, eval_every=5000, save_every=2500,
+        energy_steps=400_000, eval_every=1000, save_every=250,
     ),
 }  # fmt: skip
 STAGES = ("denoiser", "ar", "energy")
@@ -175,13 +176,13 @@ def parse(argv=None) -> Settings:
 def start_processes(name: str) -> tuple[torch.device, int, int]:
     """(device, rank, number of processes); joins the process group if torchrun started us."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and name in ("", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = data.pick_device(name)
     if world == 1:
         return device, 0, 1
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+    if device.type == "cuda":  # gloo too: flags then pass between the CPUs, and no GPU is waited for
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
     return device, dist.get_rank(), world
@@ -205,16 +206,17 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def ignore_sigterm(worker: int) -> None:
-    """A scheduler's SIGTERM also reaches the process that reads ahead; its parent still needs it for one step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM also reach the process that reads ahead; its parent still needs it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
-def agree(flag: bool, device, world: int) -> bool:
+def agree(flag: bool, world: int) -> bool:
     """True on every rank if it is true on one of them."""
     if world == 1:
         return flag
-    flag = torch.tensor(float(flag), device=device)
+    flag = torch.tensor(float(flag))
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -258,8 +260,8 @@ def learning_rate(s: Settings, stage: str, step: int) -> float:
 
 
 def ema_decay(decay: float, step: int) -> float:
-    """Rises to `decay` over the first updates: else a short run's average would keep its random start."""
-    return min(decay, (1 + step) / (10 + step))
+    """Rises from 0 to `decay` over the first updates: else a short run's average would keep its random start."""
+    return min(decay, step / (9 + step))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -301,7 +303,9 @@ def save_stage(s: Settings, stage: str, model, ema, optimizers, step: int, extra
     fresh = path.with_suffix(".fresh.pt")
     optimizer_states = [optimizer.state_dict() for optimizer in optimizers]
     training = dict(step=step, settings=asdict(s), model=model.state_dict(), optimizers=optimizer_states)
-    edlm.save_checkpoint(fresh, ema.module, training=training, **extra)
+    with open(log_path(s), "a") as log:
+        os.fsync(log.fileno())  # no power cut shall leave a checkpoint with a gap in the log before it
+    edlm.save_checkpoint(fresh, ema, training=training, **extra)
     if path.exists():
         link = previous.with_suffix(".tmp")
         link.unlink(missing_ok=True)
@@ -313,13 +317,18 @@ def save_stage(s: Settings, stage: str, model, ema, optimizers, step: int, extra
     os.replace(fresh, path)
 
 
-def check_same_run(s: Settings, saved: dict, path) -> None:
+def check_same_run(s: Settings, stage: str, saved: dict, path) -> None:
     """A resumed run must be the same run: refuses a setting that changes what one step computes."""
+    before, settings = saved["step"], saved["settings"]
+    planned = settings["max_steps"] or settings[f"{stage}_steps"]
+    if s.lr_schedule == "cosine" and before < planned != s.steps(stage):  # a finished stage may be prolonged
+        raise ValueError(f"{path} is at step {before} of a cosine schedule that ends at {planned}, not at "
+                         f"{s.steps(stage)}: resume with the same --max_steps, or choose another --out")  # fmt: skip
     decisive = ("block_size", "n_layer", "n_head", "n_embd", "dropout", "optimizer", "lr", "energy_lr", "weight_decay",
                 "warmup_steps", "lr_schedule", "grad_clip", "ema", "batch_size", "micro_batch", "seed")  # fmt: skip
     for name in decisive:
-        if getattr(s, name) != saved[name]:
-            raise ValueError(f"{path} was trained with --{name} {saved[name]}, not {getattr(s, name)}: "
+        if getattr(s, name) != settings[name]:
+            raise ValueError(f"{path} was trained with --{name} {settings[name]}, not {getattr(s, name)}: "
                              "resume with the same, or choose another --out")  # fmt: skip
 
 
@@ -352,9 +361,9 @@ def trim_log(s: Settings, stage: str, step: int) -> None:
     if not log_path(s).exists():
         return
     rows = [line for line in log_path(s).read_text().splitlines() if keep_row(line, stage, step)]
-    temporary = log_path(s).with_suffix(".tmp")
-    temporary.write_text("".join(row + "\n" for row in rows))
-    os.replace(temporary, log_path(s))
+    temporary = open(log_path(s).with_suffix(".tmp"), "w")
+    temporary.writelines(row + "\n" for row in rows)
+    data.sync_and_replace(temporary, log_path(s))
 
 
 def keep_row(line: str, stage: str, step: int) -> bool:
@@ -412,6 +421,17 @@ def validation_loss(stage: str, model, denoiser, blocks, s: Settings, device) ->
     return sum(n * value for n, value in values) / sum(n for n, _ in values)
 
 
+def can_compile(device) -> bool:
+    """Whether torch.compile works here (it needs a C++ compiler, on CUDA Triton too); if not, says why."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as error:  # of many kinds
+        reason = str(error).strip().split("\n")[0][:120]
+        print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
+        return False
+
+
 def compiled_graphs() -> int:
     """How many graphs torch.compile has built in this process. It grows when shapes vary, which they should not."""
     return torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
@@ -438,7 +458,7 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
     config = edlm.Config(blocks.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
     torch.manual_seed(s.seed)
     model, denoiser = build(stage, config, blocks.tokenizer, s, device)
-    ema = AveragedModel(model).eval()  # averaged as `ema_decay` says, step by step
+    ema = copy.deepcopy(model).eval().requires_grad_(False)  # the average of the weights, see `ema_decay`
     optimizers = make_optimizers(model, s, device)
     extra = dict(tokenizer=blocks.tokenizer, corpus=corpus_name(blocks))
     if denoiser is not None:
@@ -449,14 +469,13 @@ def start_or_resume(s: Settings, stage: str, blocks, device):
         saved = checkpoint.get("training")
         if saved is None:
             raise ValueError(f"{checkpoint_path(s.out, stage)} holds no training state to resume: use --overwrite")
-        check_same_run(s, saved["settings"], checkpoint_path(s.out, stage))
+        check_same_run(s, stage, saved, checkpoint_path(s.out, stage))
         for fact, here in extra.items():
             if (there := checkpoint.get(fact)) != here:
                 raise ValueError(f"{checkpoint_path(s.out, stage)} belongs to another {fact} ({there}, here {here}): "
                                  f"train it anew with --stage {stage} --overwrite")  # fmt: skip
-        ema.module.load_state_dict(averaged.state_dict())
+        ema.load_state_dict(averaged.state_dict())
         step = saved["step"]
-        ema.n_averaged.fill_(step)
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -472,18 +491,21 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
     if step >= last:
         return True
 
-    micro = s.micro_batch or s.batch_size // world
-    order = data.BatchOrder(len(blocks), s.batch_size, micro, seed=s.seed, rank=rank, world=world, start_step=step)
+    order = data.BatchOrder(
+        len(blocks), s.batch_size, s.micro_batch, seed=s.seed, rank=rank, world=world, start_step=step
+    )
     on_gpu = device.type == "cuda"
     loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu, num_workers=int(on_gpu),
-                             worker_init_fn=ignore_sigterm))  # fmt: skip
-    accumulate = s.batch_size // (micro * world)
-    compiled = s.compile or on_gpu
-    if compiled:
-        model.transformer.compile()  # shapes are fixed there: only the head sees the varying number of masks
+                             worker_init_fn=ignore_signals))  # fmt: skip
+    accumulate = s.batch_size // (s.micro_batch * world)
+    compiled = (s.compile or on_gpu) and can_compile(device)
+    if compiled:  # shapes are fixed in the transformer: only the head sees the varying number of masks
+        model.transformer.compile(dynamic=False)
         if denoiser is not None:
-            denoiser.transformer.compile()
-    net = model if world == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+            denoiser.transformer.compile(dynamic=False)
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     net.train()
     if rank == 0:
         make_room(s, stage, step)  # only now, when every setting has been tried
@@ -508,14 +530,13 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            ema.multi_avg_fn = get_ema_multi_avg_fn(ema_decay(s.ema, step))
-            ema.update_parameters(model)
+            average = get_ema_multi_avg_fn(ema_decay(s.ema, step))
+            average(list(ema.parameters()), list(model.parameters()), None)
             step += 1
             bar.update()
 
-            stopping = False
-            if step % s.log_every == 0 or step % s.save_every == 0 or step == last or (stop.number and world == 1):
-                stopping = agree(stop.number > 0, device, world)
+            stopping = agree(stop.number > 0, world)
+            if step % s.log_every == 0 or step % s.save_every == 0 or step == last or stopping:
                 loss = mean_over_ranks(loss, world)
                 if not math.isfinite(loss + norm):  # a bad gradient is in the weights already: neither may be saved
                     raise ValueError(
@@ -527,10 +548,11 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, stop: St
                 mark = (step, now)
                 shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
                 shown |= gpu_figures(model, stage, speed / world, peak)
+                shown |= dict(graphs=compiled_graphs() - graphs) if compiled else {}
                 write_log(s, rank, stage=stage, step=step, tokens=step * s.batch_size * s.block_size, loss=loss,
                           lr=rate, grad_norm=float(norm), tokens_per_second=round(speed))  # fmt: skip
             if rank == 0 and (step % s.eval_every == 0 or step == last):
-                held_out = validation_loss(stage, ema.module, denoiser, validation, s, device)
+                held_out = validation_loss(stage, ema, denoiser, validation, s, device)
                 shown |= dict(val=f"{held_out:.3f}")
                 write_log(s, rank, stage=stage, step=step, val_loss=held_out)
             bar.set_postfix(shown, refresh=False)
@@ -573,6 +595,7 @@ def train(s: Settings) -> None:
         data.make_toy(s.data)
     if world > 1:
         dist.barrier()
+    s = replace(s, micro_batch=s.micro_batch or max(1, s.batch_size // world))
     data.Blocks(s.data, "val", s.block_size)  # a bad data folder is refused before anything is written
     stop = StopSignal()
     if rank == 0:
@@ -580,7 +603,16 @@ def train(s: Settings) -> None:
     for stage in stages:
         if world > 1:
             dist.barrier()  # the energy reads the denoiser that rank 0 has just saved
-        if not train_stage(s, stage, device, rank, world, stop):
+        try:
+            finished = train_stage(s, stage, device, rank, world, stop)
+        except RuntimeError as error:  # what the others get when one process dies
+            if world == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().split("\n")[0][:150]
+            print(f"rank {rank}: cannot go on, most likely because another process ended ({reason}). The last "
+                  "checkpoint is kept: start again with --resume", file=sys.stderr)  # fmt: skip
+            raise SystemExit(1) from None
+        if not finished:
             if rank == 0:
                 again = shlex.join([word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")])
                 launch = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
@@ -761,23 +793,24 @@ def bench(s: Settings) -> None:
             optimizers, loss = [torch.optim.AdamW(denoiser.parameters(), lr=s.lr)], plain_loss
         else:
             optimizers, loss = make_optimizers(denoiser, s, device), partial(training_loss, "denoiser", denoiser=None)
-            if s.compile or device.type == "cuda":
-                denoiser.transformer.compile()
+            if (s.compile or device.type == "cuda") and can_compile(device):
+                denoiser.transformer.compile(dynamic=False)
         step = partial(bench_step, denoiser, loss, optimizers, x0, s, device)
         took, memory = measure(step, device, s.max_steps or 5)
         rows.append(dict(step=name, seconds=took, tokens_per_second=x0.numel() / took, peak_gib=memory or None))
         del denoiser, optimizers
     flops = flops_per_token(config, PROJECTED["denoiser"])
     peak = matmul_rate(device)
-    share = flops * rows[0]["tokens_per_second"] / peak
     for row in rows:
+        row["matmul_share"] = flops * row["tokens_per_second"] / peak
         memory = "" if row["peak_gib"] is None else f"   peak {row['peak_gib']:.1f} GiB"
-        print(f"{row['step']:14} {row['seconds']:8.3f} s/step {row['tokens_per_second']:10,.0f} tokens/s{memory}")
+        print(f"{row['step']:14} {row['seconds']:8.3f} s/step {row['tokens_per_second']:10,.0f} tokens/s "
+              f"{row['matmul_share']:6.0%} of the matmul rate{memory}")  # fmt: skip
     ratio = rows[1]["seconds"] / rows[0]["seconds"]
-    print(f"ratio {ratio:.2f}; {flops / 1e6:,.0f} MFLOP per token, {share:.0%} of the measured matmul rate "
-          f"({peak / 1e9:,.0f} GFLOP/s); {compiled_graphs()} compiled graphs")  # fmt: skip
+    print(f"ratio {ratio:.2f}; {flops / 1e6:,.0f} MFLOP per token are needed; measured matmul rate "
+          f"{peak / 1e9:,.0f} GFLOP/s; {compiled_graphs()} compiled graphs")  # fmt: skip
     if s.json:
-        facts = dict(ratio=ratio, flops_per_token=flops, matmul_share=share, matmul_flops=peak)
+        facts = dict(ratio=ratio, flops_per_token=flops, matmul_flops=peak)
         data.write_json(s.json, dict(settings=asdict(s), rows=rows, compiled_graphs=compiled_graphs(), **facts))
 
 
