@@ -82,6 +82,8 @@ def parse(argv=None) -> argparse.Namespace:
         parser.error("--prompt and --infill exclude each other: put the gaps behind the prompt")
     if args.compare and args.infill is not None:
         parser.error("--compare continues a --prompt or nothing: it takes no --infill, which AR cannot do")
+    if args.bench and (args.window != 1 or args.schedule != "linear"):
+        parser.error("--bench measures the linear schedule with --window 1")
     if args.judge and not args.compare:
         parser.error("--judge is a column of --compare: give that too")
     if len(args.num) > 1:
@@ -375,13 +377,14 @@ def plain_algorithm_1(denoiser, x, *, mask_id, steps, energy=None, k=1, stop_aft
     B, L = x.shape
     for j in range(steps if stop_after is None else min(steps, stop_after)):
         masked = x == mask_id
-        p = denoiser(x, torch.ones_like(masked)).softmax(dim=-1).view(B, 1, L, -1)          # [B, 1, L, V]
-        noise = -torch.log(-torch.log(torch.rand(B, k, L, p.shape[-1], device=x.device)))
-        drawn = (p.log() + noise).argmax(dim=-1)                                            # [B, k, L]
+        p = denoiser(x, torch.ones_like(masked)).softmax(dim=-1)                            # [B L, V]
+        log_p = p.log().view(B, 1, L, -1)
+        noise = -torch.log(-torch.log(torch.rand(B, k, L, log_p.shape[-1], device=x.device)))
+        drawn = (log_p + noise).argmax(dim=-1)                                              # [B, k, L]
         candidates = torch.where(masked[:, None], drawn, x[:, None])
         chosen = candidates[:, 0]
         if energy is not None and k > 1:
-            log_q = (p.log().expand(B, k, L, -1).gather(3, drawn[..., None])[..., 0] * masked[:, None]).sum(dim=2)
+            log_q = (log_p.expand(B, k, L, -1).gather(3, drawn[..., None])[..., 0] * masked[:, None]).sum(dim=2)
             pick = (-energy(candidates, x, log_q)).softmax(dim=1).multinomial(1)            # [B, 1]
             chosen = candidates.gather(1, pick[:, :, None].expand(B, 1, L))[:, 0]
         reveal = torch.rand(B, L, device=x.device) < 1 / (steps - j)
@@ -419,14 +422,16 @@ def bench(args) -> list[dict]:
             ("MDLM", None, None),
             ("EDLM-AR", edlm.ARResidual(ar), lambda c, x_t, q: plain_ar_energy(ar, c, x_t, q)),
         ):
-            ours = dict(mask_id=config.mask_id, steps=steps, energy=energy, k=k if energy else 1)
-            plain = dict(ours, energy=plain_energy, stop_after=PLAIN_STEPS_TIMED)
+            setting = dict(mask_id=config.mask_id, steps=steps, k=k if energy else 1)
+            ours = dict(setting, energy=energy, max_tokens=args.max_tokens)
+            plain = dict(setting, energy=plain_energy, stop_after=PLAIN_STEPS_TIMED)
             with data.autocast(device):
                 for _ in range(2):  # the first is a warm-up
                     bare, _, _ = data.timed(lambda x=x: denoiser.transformer(denoiser.transformer.embed(x)), device)
+                list_last(edlm.sample_states(denoiser, x[:1], **dict(ours, steps=1)))  # warm-up, of both
+                plain_algorithm_1(denoiser, x[:1], **dict(plain, stop_after=1))
                 states = lambda x=x, ours=ours: list_last(edlm.sample_states(denoiser, x, **ours))  # noqa: E731
                 took, memory, (events, state) = data.timed(states, device)
-                plain_algorithm_1(denoiser, x[:1], **dict(plain, stop_after=1))
                 took_plain, memory_plain, _ = data.timed(
                     lambda x=x, plain=plain: plain_algorithm_1(denoiser, x, **plain), device
                 )

@@ -2124,6 +2124,7 @@ SAMPLE_MISTAKES = [
     ("--json out", "cannot write out"),
     ("--bench huge", "--bench"),
     ("--bench --steps 4,8", "list only with --compare"),
+    ("--bench --window 0.5", "--bench measures.*--window 1"),
 ]
 
 
