@@ -94,6 +94,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)   # the angles are float32
 
 
+def behind(past: Tensor, new: Tensor) -> Tensor:
+    """Joins keys or values: past Float[B / K, heads, P, D], each row for K rows of new Float[B, heads, L, D]."""
+    past = past[:, None].expand(-1, len(new) // len(past), -1, -1, -1)             # [B / K, K, heads, P, D]
+    return torch.cat((past, new.unflatten(0, past.shape[:2])), dim=3).flatten(0, 1)  # [B, heads, P + L, D]
+
+
 class Block(nn.Module):
     """One pre-norm block: h + attention(norm(h)), then h + mlp(norm(h))."""
 
@@ -111,18 +117,14 @@ class Block(nn.Module):
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, past: tuple | None = None) -> tuple[Tensor, tuple]:
         """Float[B, L, d] -> the same, and this block's (keys, values), Float[B, heads, past + L, D] each.
 
-        past: (keys, values) of the tokens before; with B / K rows, each is for K sequences in a row.
+        past: (keys, values) of the tokens before; with B / K rows if each is for K of the B sequences.
         """
         B, L, d = h.shape
         q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)                            # [B, heads, L, D]
         visible = None
         if past is not None:
-            k, v = (
-                torch.cat((p[:, None].expand(-1, B // len(p), -1, -1, -1), new.unflatten(0, (len(p), -1))), dim=3)
-                for p, new in zip(past, (k, v), strict=True)
-            )
-            k, v = k.flatten(0, 1), v.flatten(0, 1)                                # [B, heads, past + L, D]
+            k, v = behind(past[0], k), behind(past[1], v)
             if L > 1:
                 visible = torch.ones(L, k.shape[2], dtype=torch.bool, device=h.device).tril(k.shape[2] - L)
         a = F.scaled_dot_product_attention(
@@ -150,7 +152,7 @@ class Head(nn.Linear):
     """
 
     def __init__(self, config: Config):
-        super().__init__(config.n_embd, config.vocab_size + -config.vocab_size % 64)
+        super().__init__(config.n_embd, math.ceil(config.vocab_size / 64) * 64)
         self.vocab_size = config.vocab_size
         init_weights(self)
 

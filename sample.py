@@ -400,6 +400,13 @@ def plain_ar_energy(ar, candidates, x_t, log_q):
     return log_q - log_p.sum(dim=1).view(log_q.shape)
 
 
+def bare_event(denoiser, ar, x, k) -> None:
+    """The transformer forwards of one event, the AR model's over k candidates, and nothing else: a floor."""
+    denoiser.transformer(denoiser.transformer.embed(x))
+    if k:
+        ar.transformer(ar.transformer.embed(x.repeat(k, 1)[:, :-1]))
+
+
 @torch.no_grad()
 def bench(args) -> list[dict]:
     """--bench: `edlm.sample` against `plain_algorithm_1`, in one run on the same random weights.
@@ -427,7 +434,9 @@ def bench(args) -> list[dict]:
             plain = dict(setting, energy=plain_energy, stop_after=PLAIN_STEPS_TIMED)
             with data.autocast(device):
                 for _ in range(2):  # the first is a warm-up
-                    bare, _, _ = data.timed(lambda x=x: denoiser.transformer(denoiser.transformer.embed(x)), device)
+                    bare, _, _ = data.timed(
+                        lambda x=x, k=k if energy else 0: bare_event(denoiser, ar, x, k), device
+                    )
                 list_last(edlm.sample_states(denoiser, x[:1], **dict(ours, steps=1)))  # warm-up, of both
                 plain_algorithm_1(denoiser, x[:1], **dict(plain, stop_after=1))
                 states = lambda x=x, ours=ours: list_last(edlm.sample_states(denoiser, x, **ours))  # noqa: E731
@@ -445,7 +454,7 @@ def bench(args) -> list[dict]:
                   + (f"   peak {memory:.1f} GiB, plain {memory_plain:.1f}" if memory else ""))  # fmt: skip
     full = steps * config.block_size
     print(f"plain: {steps} forwards, {full:,} rows a sequence ({min(steps, PLAIN_STEPS_TIMED)} steps timed, scaled); "
-          "bare: one transformer forward of the whole batch, no vocabulary")  # fmt: skip
+          "bare: an event's transformer forwards alone, no vocabulary")  # fmt: skip
     return rows
 
 
