@@ -618,6 +618,8 @@ def train(s: Settings) -> None:
                 launch = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
                 print(f"stopped and saved; go on with: {launch} train.py {again} --resume", file=sys.stderr)
             raise SystemExit(128 + stop.number if stop.number else 1)
+    if world > 1:
+        dist.barrier()  # gloo's threads let go of the last flags while we wait; at exit that would abort the process
     stop.restore()
     if rank == 0:
         print_table(evaluate(replace(s, passes=8), device, energies=()))
