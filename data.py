@@ -1037,6 +1037,11 @@ def timed(work, device):
     return time.perf_counter() - begun, torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0, result
 
 
+def first_line(error):
+    """What an exception says, without the many lines that torch and others add."""
+    return str(error).strip().split("\n")[0]
+
+
 def run(prog, main, hint=""):
     """Calls main(); a user's mistake (ValueError, OSError) becomes one plain line on stderr and exit code 2.
 

@@ -157,6 +157,7 @@ class Head(nn.Linear):
         init_weights(self)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Float[..., d] -> Float[..., V], a view without the unused columns."""
         return super().forward(hidden)[..., : self.vocab_size]
 
 
@@ -276,6 +277,11 @@ def selected(where: Tensor, count: int | None = None) -> Tensor:
     return torch.nonzero_static(where.flatten(), size=count)[:, 0]
 
 
+def spread(values: Tensor, index: Tensor, B: int, L: int) -> Tensor:
+    """Puts values [N, ...] back at their flat positions (see `selected`), 0 elsewhere: [B, L, ...]."""
+    return values.new_zeros(B * L, *values.shape[1:]).index_copy(0, index, values).unflatten(0, (B, L))
+
+
 class Denoiser(nn.Module):
     """mu(x0 | x_t): one categorical over the V real tokens for each asked-for position.
 
@@ -302,7 +308,7 @@ def token_log_prob(logits: Tensor, x0: Tensor, where: Tensor) -> Tensor:
     """log mu_i(x0_i | x_t) in nats: logits Float[N, V], x0 Long[B, L] -> Float[B, L], 0 where not asked."""
     index = selected(where, len(logits))
     log_mu = -F.cross_entropy(logits.float(), x0.flatten()[index], reduction="none")        # [N]
-    return torch.zeros(x0.numel(), device=x0.device).scatter(0, index, log_mu).view_as(x0)
+    return spread(log_mu, index, *x0.shape)
 
 
 def nelbo(denoiser, x0: Tensor, *, mask_id: int, n: Tensor | None = None) -> Tensor:
@@ -357,17 +363,15 @@ def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None) 
     (B, L), index = x_t.shape, selected(where, len(logits))
     tokens, log_prob = categorical(logits, k, generator)                           # [N, k]
     candidates = x_t.flatten()[:, None].repeat(1, k).index_copy(0, index, tokens)  # [B L, k]
-    log_q = log_prob.new_zeros(B * L, k).index_copy(0, index, log_prob).view(B, L, k).sum(dim=1)
-    return candidates.view(B, L, k).transpose(1, 2).contiguous(), log_q
+    return candidates.view(B, L, k).transpose(1, 2).contiguous(), spread(log_prob, index, B, L).sum(dim=1)
 
 
 def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor:
     """log_q Float[B, K] of given candidates Long[B, K, L] under logits Float[N, V] at `where` Bool[B, L]."""
-    B, K, L = candidates.shape
     index = selected(where, len(logits))
     tokens = candidates.transpose(1, 2).flatten(0, 1)[index]                       # [N, K]
     log_mu = logits.float().log_softmax(dim=1).gather(1, tokens)
-    return log_mu.new_zeros(B * L, K).index_copy(0, index, log_mu).view(B, L, K).sum(dim=1)
+    return spread(log_mu, index, *where.shape).sum(dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def load_judge(name: str, device):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name).to(device).eval()
     except Exception as error:  # a hub, a network or a damaged folder: many kinds
-        reason = str(error).strip().split("\n")[0][:150]
+        reason = data.first_line(error)[:150]
         raise ValueError(f"--judge: transformers could not load {name!r} ({reason})") from error
     longest = getattr(model.config, "max_position_embeddings", 1024)
 

@@ -2311,15 +2311,7 @@ def test_help_is_readable(script, here, capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # Killed and resumed. A helper process imports torch once and forks for every run.
 
-ZYGOTE = """
-import json, os, signal, sys, traceback
-sys.path.insert(0, sys.argv[1])
-import torch
-import torch._dynamo  # the optimisers import it when first used, which takes longer than a small run
-import data, edlm, train
-
-torch.set_num_threads(1)
-
+SIGNAL_AT = """
 def signal_at(module, name, n, number=signal.SIGKILL, before=lambda *args, **kwargs: None):
     real, calls = getattr(module, name), []
     def patched(*args, **kwargs):
@@ -2329,7 +2321,16 @@ def signal_at(module, name, n, number=signal.SIGKILL, before=lambda *args, **kwa
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
     setattr(module, name, patched)
+"""
+ZYGOTE = f"""
+import json, os, signal, sys, traceback
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch._dynamo  # the optimisers import it when first used, which takes longer than a small run
+import data, edlm, train
 
+torch.set_num_threads(1)
+{SIGNAL_AT}
 for line in sys.stdin:
     argv, patch, output = json.loads(line)
     child = os.fork()
@@ -2540,7 +2541,7 @@ train.training_loss = broken
 def torchrun(argv, patch=""):
     """Two processes of train.py, with `patch` run in both before; the ended torchrun."""
     script = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport data, edlm, train\n"
-    script += f"rank = int(os.environ['RANK'])\n{patch}\ndata.run('train.py', train.main)\n"
+    script += f"rank = int(os.environ['RANK'])\n{SIGNAL_AT}\n{patch}\ndata.run('train.py', train.main)\n"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
     command += [sys.executable, "-c", script, *argv]
     return subprocess.run(command, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
@@ -2582,16 +2583,7 @@ def test_a_signal_stops_all_processes_and_they_resume(launch, small_toy, tmp_pat
         more = ("--stage", "denoiser", "--optimizer", "adamw", "--micro_batch", 2)
         return flags(small_toy, tmp_path / name, *more)
 
-    at_once = """
-real, calls = train.learning_rate, []
-def sometimes(*args):
-    calls.append(1)
-    if len(calls) == 3 and rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*args)
-train.learning_rate = sometimes
-"""
-    ended = torchrun(argv("stopped"), at_once)
+    ended = torchrun(argv("stopped"), "if rank == 1: signal_at(train, 'learning_rate', 3, signal.SIGTERM)")
     assert ended.returncode != 0 and "stopped and saved; go on with: torchrun" in ended.stderr, ended.stderr
     assert torch.load(tmp_path / "stopped/denoiser.pt", weights_only=True)["training"]["step"] == 3
     ended = torchrun([*argv("stopped"), "--resume"])
@@ -2600,15 +2592,7 @@ train.learning_rate = sometimes
 
 
 def test_a_dead_process_ends_the_other_with_a_message(small_toy, tmp_path):
-    dies = """
-real, calls = train.learning_rate, []
-def fatal(*args):
-    calls.append(1)
-    if len(calls) == 4 and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
-train.learning_rate = fatal
-"""
+    dies = "if rank == 1: signal_at(train, 'learning_rate', 4)"
     ended = torchrun(flags(small_toy, tmp_path / "run", "--stage", "denoiser", "--micro_batch", 2), dies)
     assert ended.returncode != 0
     assert re.search("rank 0: cannot go on.*another process ended.*--resume", ended.stderr), ended.stderr

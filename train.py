@@ -427,7 +427,7 @@ def can_compile(device) -> bool:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
     except Exception as error:  # of many kinds
-        reason = str(error).strip().split("\n")[0][:120]
+        reason = data.first_line(error)[:120]
         print(f"torch.compile does not work here ({reason}): going on without it", file=sys.stderr)
         return False
 
@@ -608,9 +608,9 @@ def train(s: Settings) -> None:
         except RuntimeError as error:  # what the others get when one process dies
             if world == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            reason = str(error).strip().split("\n")[0][:150]
-            print(f"rank {rank}: cannot go on, most likely because another process ended ({reason}). The last "
-                  "checkpoint is kept: start again with --resume", file=sys.stderr)  # fmt: skip
+            print(f"rank {rank}: cannot go on, most likely because another process ended "
+                  f"({data.first_line(error)[:150]}). The last checkpoint is kept: start again with --resume",
+                  file=sys.stderr)  # fmt: skip
             raise SystemExit(1) from None
         if not finished:
             if rank == 0:
