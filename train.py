@@ -99,7 +99,7 @@ class Settings:
     overwrite: bool = option("train anew over what --out holds", False)
     device: str = option("default: cuda where there is one", "", choices=("", "cuda", "cpu"))
     eval: bool = option("evaluate the checkpoints in --out instead of training", False)
-    eval_blocks: int = option("validation blocks to evaluate on, at most", 1000)
+    eval_blocks: int = option("validation blocks to evaluate on; --eval: 64 if not given", 1000)
     passes: int = option("--eval: masks drawn for each validation block", 1)
     energy: str = option("--eval: one energy only", "", choices=("", "none", *edlm.ENERGIES))
     steps: tuple = option("--eval: numbers of decoding steps T, as 2,4,8", (2, 4, 8))
@@ -156,6 +156,8 @@ def parse(argv=None) -> Settings:
     if "eval" in given and Path(source).is_file():
         source = values["data"]  # a text has no run of its own
     given.setdefault("out", str(Path("out") / Path(source).stem))
+    if "eval" in given:
+        given.setdefault("eval_blocks", 64)  # bounds cost 2 n energies a block
     if "resume" in given or "eval" in given:
         values = values | saved_settings(given["out"], "resume" in given)
     elif given.get("stage") == "energy":
