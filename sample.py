@@ -57,11 +57,7 @@ def parse(argv=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", default="out/toy", help="folder of the checkpoints (default: out/toy)")
     add("--model", choices=("diffusion", "ar"), default="diffusion", help="default: diffusion")
-    add(
-        "--energy",
-        choices=("none", *edlm.ENERGIES),
-        help="default: none and nce, as far as trained",
-    )
+    add("--energy", choices=("none", *edlm.ENERGIES), help="default: none beside the best trained")
     add("--steps", type=data.numbers, help="diffusion steps T, or a list (default: 8)")
     add("--k", type=data.numbers, help="candidates per step, or a list (default: 16)")
     add("--window", type=fraction, help="judge candidates while t > 1 - window (default: 1)")
@@ -73,11 +69,7 @@ def parse(argv=None) -> argparse.Namespace:
     given.add_argument("--prompt", help="continue this text")
     given.add_argument("--infill", help="fill the gaps of this text: ___ is one token, ___*5 five")
     add("--watch", action="store_true", help="show the first text as it is drawn")
-    add(
-        "--compare",
-        action="store_true",
-        help="figures only, of AR, plain diffusion and every energy",
-    )
+    add("--compare", action="store_true", help="figures only, of AR, plain and every energy")
     add("--judge", help="perplexity under this causal LM too (needs the package transformers)")
     add("--json", help="also write settings, tokens, texts and figures to this file")
     add("--device", default="", choices=("cuda", "cpu"), help="default: cuda where there is one")
@@ -119,14 +111,12 @@ def load(args):
 
 def list_settings(args, models) -> list[dict]:
     """What to draw, in order: each with a name, and for diffusion with steps, energy and k."""
-    plain = [dict(name="AR")] if args.model == "ar" or (args.compare and "ar" in models) else []
     if args.model == "ar":
-        return plain
-    if args.infill is not None:
-        plain = []  # AR goes from left to right
+        return [dict(name="AR")]
+    also_ar = args.compare and "ar" in models and args.infill is None  # it goes left to right
+    settings = [dict(name="AR")] if also_ar else []
     trained = [name for name, (stage, _) in edlm.ENERGIES.items() if stage in models]
     energies = [args.energy] if args.energy else ["none", *trained[0 if args.compare else -1 :]]
-    settings = []
     for steps in args.steps:
         for name in energies:
             if name == "none":
@@ -136,7 +126,7 @@ def list_settings(args, models) -> list[dict]:
             settings += [
                 dict(name=f"{title} k={k}", steps=steps, k=k, energy=energy) for k in args.k
             ]
-    return plain + settings
+    return settings
 
 
 # ------------ What is given ----------------------------------------------------------------------
