@@ -153,9 +153,8 @@ class Transformer(nn.Module):
     """The one network behind all three models; only `causal` and what is put on top differ.
 
     It takes no time input. Given *which* tokens are visible, the noise level says nothing more
-    about the masked ones: the posterior of absorbing-state diffusion, and so the optimal denoiser,
-    is the same at every t (RADD, arXiv:2406.03736). That also lets sequences at different times
-    share a forward pass.
+    about the masked ones: the posterior, and so the optimal denoiser, is the same at every t (RADD,
+    arXiv:2406.03736). That also lets sequences at different times share a forward pass.
     """
 
     def __init__(self, config: Config, causal: bool):
@@ -194,8 +193,8 @@ class Transformer(nn.Module):
 def alpha(t: Tensor, schedule: str = "linear") -> Tensor:
     """alpha_t, the probability that a token is still visible at time t (Float, any shape), eq. (1).
 
-    linear: 1 - t, the paper's log-linear noise. cosine: 1 - cos(pi/2 (1 - t)), which reveals few
-    tokens while little is known and more later (MD4, MaskGIT). Raises ValueError for another name.
+    linear: 1 - t, the paper's log-linear noise. cosine: 1 - cos(pi/2 (1 - t)), fewer reveals while
+    little is known (MD4, MaskGIT). Raises ValueError for another name.
     """
     if schedule == "linear":
         return 1 - t
@@ -363,8 +362,7 @@ class AutoregressiveLM(nn.Module):
     def sample(self, x: Tensor, length: int, generator=None) -> Tensor:
         """Continues x Long[B, P] (BOS and any prompt) to Long[B, length], one exact draw at a time.
 
-        Keys and values of what was read are kept, so each new token costs one position. Raises
-        ValueError if `length` is more than the block.
+        Each new token costs one position. Raises ValueError for a length beyond the block.
         """
         if length > self.config.block_size:
             raise ValueError(f"length {length} is beyond the block of {self.config.block_size}")
@@ -753,18 +751,17 @@ def fingerprint(model: nn.Module) -> str:
 def save_checkpoint(path, model: nn.Module, *, tokenizer: str, **extra) -> None:
     """Writes weights, config, tokenizer name and `extra` (training state: tensors, plain values).
 
-    The file appears whole or not at all: it is written under a temporary name, flushed to disk and
-    renamed. Raises OSError if it cannot be written (an older file is then still there), ValueError
-    for anything but the three models of this file.
+    The file appears whole, by a rename, or not at all. Raises OSError if it cannot be written (an
+    older file is then still there), ValueError for anything but the three models of this file.
     """
-    kind = next((name for name, cls in KINDS.items() if isinstance(model, cls)), None)
-    if kind is None:
+    kinds = {cls: name for name, cls in KINDS.items()}
+    if type(model) not in kinds:
         raise ValueError(f"cannot save a {type(model).__name__}: give one of {', '.join(KINDS)}")
-    content = dict(kind=kind, config=asdict(model.config), tokenizer=tokenizer, **extra)
+    content = dict(kind=kinds[type(model)], config=asdict(model.config), tokenizer=tokenizer)
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(dict(content, weights=model.state_dict()), file)
+            torch.save(dict(content, weights=model.state_dict(), **extra), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
