@@ -2,25 +2,23 @@
 
     Xu, Geffner, Kreis, Nie, Xu, Leskovec, Ermon, Vahdat, ICLR 2025, arXiv:2410.21357 ("the paper"),
     on top of masked diffusion (MDLM, arXiv:2406.07524) and residual energies (arXiv:2004.11714).
-
-    python train.py      trains the three networks below on a toy language, in minutes
-    python sample.py     shows plain diffusion beside EDLM
+    `python train.py` trains the networks on a toy language, `python sample.py` draws from them.
 
 A masked-diffusion *denoiser* fills all masked positions at once, each from a distribution of its
-own, so that words which must agree often do not. A *residual energy*, a correction of what this
-proposal gets wrong, judges whole candidate texts. Importance sampling picks among them.
+own, the *proposal*, so that words which must agree often do not. A *residual energy* judges whole
+candidate texts: it corrects what the proposal gets wrong. Importance sampling picks among them.
 
 Symbols and shapes, the same everywhere:
 
     B batch, L block length, M = L - 1 positions that can be masked, K candidates, V vocabulary,
-    N positions selected by a mask, d width
+    N positions that are True in `where`, d width, D = d / heads
     x0      Long[B, L]     clean tokens, 0..V-1; x0[:, 0] is BOS: given, never masked or scored
     mask_id = V            an input only, never an output
     x_t     Long[B, L]     x0 with some tokens replaced by mask_id
     where   Bool[B, L]     which positions are asked for; [N] rows follow its row-major order
     logits  Float[N, V]    denoiser(x_t, where), N rows; anything callable so is a denoiser
     log_q   Float[B, K]    log-probability of a candidate's masked tokens under the denoiser, nats
-    energy  Float[B, K]    energy(candidates Long[B, K, L], x_t, log_q); low means real
+    energy  Float[B, K]    energy(candidates Long[B, K, L], x_t, log_q): E, low is real; E[.] a mean
     mu      the denoiser's distribution; mu_i its part for position i
     S       the masked positions, x_S is x0 with S masked; U those in S that one step reveals
     t       time: 1 all masked, 0 all clean; step j of T goes from t = 1 - j/T to s = 1 - (j+1)/T
@@ -34,22 +32,23 @@ The method in seven equations:
     (4)  EDLM       p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t)
     (5)  AR energy  E = -log p_AR(x0) + log mu(x0 | x_t)
     (6)  NCE loss   softplus(E(x0, x_t)) + softplus(-E(x0', x_t)),  x0 data, x0' ~ mu(. | x_t)
-    (7)  sampling   draw k candidates from mu, keep one with probability softmax(-E), reveal its
-                    masked tokens by (2)                                            (Algorithm 1)
+    (7)  sampling   draw k candidates from mu, keep one with probability softmax(-E); of the masked
+                    positions, those that (2) reveals take its tokens               (Algorithm 1)
 
-The *chain* is the sampler's walk (2) from t = 1 to 0. The NELBO, negative evidence lower bound, is
-an upper bound on -log p(x0) under that walk: what training lowers.
+The *chain* is the sampler's walk (2) from t = 1 to 0. Which step reveals which position depends on
+no token, so p(x0) is a mean over timetables, and -log p(x0) at most the mean of -log (Jensen): the
+NELBO, negative evidence lower bound, which training lowers.
 
-Why BOS: rotary attention sees only differences of positions; one known token gives a sequence of
-nothing but masks a sense of place. The AR model conditions on it too: all score the same M tokens.
+Why BOS: rotary attention sees only differences of positions; one known token gives a row of masks
+a sense of place. The AR model conditions on it too, so all models score the same M tokens.
 """
 
-import contextlib
 import functools
 import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -62,7 +61,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Config:
-    """Shape of a network; `mask_id` is the token id after the last real one."""
+    """Shape of a network."""
 
     vocab_size: int  # V, real tokens only
     block_size: int  # L, the longest sequence
@@ -85,10 +84,7 @@ class Config:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: turns each pair (first half, second half) by its position's angle.
-
-    x: Float[B, heads, L, D]; cos, sin: Float[L, D / 2].
-    """
+    """Rotary positions: turns pairs (i, i + D/2) of x Float[B, heads, L, D] by angles [L, D/2]."""
     a, b = x.chunk(2, dim=-1)
     turned = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
     return turned.to(x.dtype)  # the angles are float32, x may be bfloat16
@@ -135,12 +131,10 @@ def init_weights(module: nn.Module) -> None:
 
 
 class Head(nn.Linear):
-    """Hidden states Float[..., d] -> logits Float[..., V].
-
-    The matrix has V rounded up to 64 rows: GPUs are slow at odd sizes, such as GPT-2's V = 50257.
-    """
+    """Hidden states Float[..., d] -> logits Float[..., V]."""
 
     def __init__(self, config: Config):
+        # a multiple of 64 rows: GPUs are slow at odd sizes, such as GPT-2's V = 50257
         super().__init__(config.n_embd, math.ceil(config.vocab_size / 64) * 64)
         self.vocab_size = config.vocab_size
         init_weights(self)
@@ -152,9 +146,8 @@ class Head(nn.Linear):
 class Transformer(nn.Module):
     """The one network behind all three models; only `causal` and what is put on top differ.
 
-    It takes no time input. Given *which* tokens are visible, the noise level says nothing more
-    about the masked ones: the posterior, and so the optimal denoiser, is the same at every t (RADD,
-    arXiv:2406.03736). That also lets sequences at different times share a forward pass.
+    It takes no time input: given *which* tokens are visible, the noise level says nothing more
+    about the masked ones (RADD, arXiv:2406.03736). So sequences at different times share a pass.
     """
 
     def __init__(self, config: Config, causal: bool):
@@ -175,8 +168,8 @@ class Transformer(nn.Module):
     def forward(self, h: Tensor, cache: list | None = None) -> Tensor:
         """Embeddings Float[B, L, d] -> hidden states Float[B, L, d].
 
-        cache, for causal models: one list per block that holds the keys and values of the tokens so
-        far, extended in place. The first call may bring many tokens, later ones bring one each.
+        cache, for causal models: a list per block, at first empty, for the keys and values of the
+        tokens so far, extended in place. The first call may bring many tokens, later ones one each.
         """
         start = cache[0][0].shape[2] if cache and cache[0] else 0
         end = start + h.shape[1]
@@ -218,7 +211,7 @@ def mask_tokens(x0: Tensor, n: Tensor, *, mask_id: int, generator=None) -> Tenso
 
 @functools.cache
 def step_weights(M: int, steps: int) -> Tensor:
-    """Share of the loss that step j of a T-step linear chain charges to sets of n masked tokens.
+    """Expected share of the M tokens that step j of T (linear) reveals while n are masked.
 
     Float64[T, M], entry [j, n - 1] = (n / M) r_j Binomial(n; M, 1 - alpha_t); r_j = 1 / (T - j) is
     the probability (2). Every token is revealed exactly once, so the entries sum to 1. As T grows
@@ -236,9 +229,8 @@ def step_weights(M: int, steps: int) -> Tensor:
 def corrupt(x0: Tensor, *, mask_id: int, steps=None) -> tuple[Tensor, Tensor, Tensor]:
     """Masks as a loss wants them: (x_t Long[B, L], where masked Bool[B, L], how many Long[B]).
 
-    A row's n follows the share of n masked tokens in the loss: uniform, or for a chain of `steps`
-    steps what `step_weights` says. The rows take evenly spaced quantiles of that law, shuffled:
-    less variance in the batch mean.
+    A row's n is drawn by its weight in the loss, 1 / M each for (3), else the column sums of
+    `step_weights`: M / n times a sum over S is unbiased. Evenly spaced quantiles: less variance.
     """
     B, M = len(x0), x0.shape[1] - 1
     quantile = (torch.rand(1) + torch.randperm(B) / B) % 1  # [B]
@@ -251,7 +243,7 @@ def corrupt(x0: Tensor, *, mask_id: int, steps=None) -> tuple[Tensor, Tensor, Te
 
 # ------------ 3. The denoiser and its NELBO -------------------------------------------------------
 
-ROWS = 256  # rows of V numbers that are worked on at once where not all of them have to be kept
+ROWS = {"cuda": 2048, "cpu": 96}  # of V numbers at once: they fill a GPU, and fit a CPU's cache
 
 
 class Denoiser(nn.Module):
@@ -290,10 +282,9 @@ def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor
 def nelbo(denoiser, x0: Tensor, *, mask_id: int) -> Tensor:
     """The continuous-time NELBO of masked diffusion, equation (3): Float[B], nats per sequence.
 
-    One random mask per row: n uniform in 1..M, then a random set of n positions. The sum over n of
-    (1/n) (...) is M times its mean, so M / n * (cross-entropy of the row's masked tokens) is an
-    unbiased draw. The time integral is already done: no 1/t weight is left to blow up the variance.
-    Differentiable: this is also the training loss.
+    As T grows tokens go one by one in random order, whatever alpha: with n left S is uniform, and
+    the next i uniform in S: the 1/n of (3). One draw per row: n uniform in 1..M, S uniform, M / n
+    times the sum over S. No 1/t is left to blow up the variance. Also the training loss.
     """
     x_t, where, n = corrupt(x0, mask_id=mask_id)
     log_q = candidate_log_q(denoiser(x_t, where), x0[:, None], where)  # [B, 1]
@@ -309,18 +300,18 @@ def categorical(logits: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]
     """
     u = torch.rand(len(logits), k, dtype=torch.float64, device=logits.device, generator=generator)
     tokens, log_prob = [], []
-    for rows, u_rows in zip(logits.split(ROWS), u.split(ROWS), strict=True):
+    size = ROWS[logits.device.type]
+    for rows, u_rows in zip(logits.split(size), u.split(size), strict=True):
         p = rows.float().softmax(dim=1)  # [rows, V]
         cdf = p.cumsum(dim=1, dtype=torch.float64)
-        total = cdf[:, -1:]  # 1, but for rounding
-        drawn = torch.searchsorted(cdf, u_rows * total, right=True).clamp(max=p.shape[1] - 1)
-        tokens.append(drawn)
-        log_prob.append((p.gather(1, drawn) / total).log().float())
+        u_rows = u_rows * cdf[:, -1:]  # which is 1, but for rounding
+        tokens.append(torch.searchsorted(cdf, u_rows, right=True).clamp(max=p.shape[1] - 1))
+        log_prob.append(p.gather(1, tokens[-1]).log())
     return torch.cat(tokens), torch.cat(log_prob)
 
 
 def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None):
-    """k completions of x_t, tokens at `where` drawn on their own: (Long[B, k, L], log_q [B, k])."""
+    """k copies of x_t with `where` filled by independent draws: (Long[B, k, L], log_q [B, k])."""
     tokens, log_mu = categorical(logits, k, generator)  # [N, k]
     candidates = torch.where(where[:, :, None], put_back(tokens, where), x_t[:, :, None])
     return candidates.transpose(1, 2).contiguous(), put_back(log_mu, where).sum(dim=1)
@@ -352,7 +343,8 @@ class AutoregressiveLM(nn.Module):
 
         if torch.is_grad_enabled():
             score = functools.partial(checkpoint, score, use_reentrant=False)
-        pieces = zip(hidden.flatten(0, 1).split(ROWS), x[:, 1:].flatten().split(ROWS), strict=True)
+        both = hidden.flatten(0, 1), x[:, 1:].flatten()
+        pieces = zip(*(part.split(ROWS[x.device.type]) for part in both), strict=True)
         log_p = torch.cat([score(h, target) for h, target in pieces])  # [B (L - 1)]
         return F.pad(log_p.view(B, L - 1), (1, 0))
 
@@ -362,10 +354,8 @@ class AutoregressiveLM(nn.Module):
     def sample(self, x: Tensor, length: int, generator=None) -> Tensor:
         """Continues x Long[B, P] (BOS and any prompt) to Long[B, length], one exact draw at a time.
 
-        Each new token costs one position. Raises ValueError for a length beyond the block.
+        Each new token costs one position. Raises ValueError if it has to read more than a block.
         """
-        if length > self.config.block_size:
-            raise ValueError(f"length {length} is beyond the block of {self.config.block_size}")
         cache, new = [[] for _ in self.transformer.blocks], x
         while x.shape[1] < length:
             hidden = self.transformer(self.transformer.embed(new), cache)[:, -1]  # [B, d]
@@ -423,21 +413,20 @@ class NCEResidual(nn.Module):
         energy = cls(denoiser.config)
         energy.transformer.load_state_dict(denoiser.transformer.state_dict())
         nn.init.eye_(energy.join_x0.weight)
-        nn.init.zeros_(energy.join_x0.bias)
-        nn.init.zeros_(energy.join_xt.weight)
-        nn.init.zeros_(energy.mlp_out.weight)
+        for zero in (energy.join_x0.bias, energy.join_xt.weight, energy.mlp_out.weight):
+            nn.init.zeros_(zero)
         return energy
 
     def forward(self, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
         """candidates Long[B, K, L], x_t Long[B, L] -> energy Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]  # [B, K, L, d]
-        h = self.transformer(h.flatten(0, 1).float()).mean(dim=1)  # [B K, d]
+        h = self.transformer(h.flatten(0, 1).float()).mean(dim=1)  # [B K, d], summed in float32
         with torch.autocast(h.device.type, enabled=False):  # bfloat16 would leave three digits
             return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2])
 
 
-def check_frozen(**models) -> None:
+def check_eval(**models) -> None:
     """Raises ValueError for a model in training mode: its dropout would make it another model."""
     for name, model in models.items():
         if getattr(model, "training", False):
@@ -455,7 +444,7 @@ def nce_loss(
     -log softmax(-E) of x0: then E is free up to a constant for each x_t, which sampling cancels.
     Raises ValueError if the denoiser, which must draw as it will when sampling, is in training.
     """
-    check_frozen(denoiser=denoiser)
+    check_eval(denoiser=denoiser)
     x_t, where, _ = corrupt(x0, mask_id=mask_id)
     with torch.no_grad():
         logits = denoiser(x_t, where)
@@ -476,7 +465,7 @@ def nce_loss(
 #         mu = denoiser(x)                                       V probabilities at all L positions
 #         k' = k if t > 1 - window else 1
 #         draw candidates x^(1) .. x^(k') from mu                every masked position on its own
-#         w_i = exp(-E(x^(i), x)) / sum_j exp(-E(x^(j), x))      equation (7)
+#         w_i = exp(-E(x^(i), x)) / (the sum of this over all k')     equation (7)
 #         choose one candidate y, x^(i) with probability w_i
 #         each masked position of x becomes y's with probability (alpha_s - alpha_t) / (1 - alpha_t)
 #     return x
@@ -529,23 +518,22 @@ def sample_states(
 ):
     """`sample`, as an iterator of SampleState: the start, then the state after each event.
 
-    An event is one forward pass, shared by all rows that still have something to reveal; each of
-    them moves on to its own next step that reveals a token. Arguments and errors are those of
-    `sample`.
+    An event is one forward pass, shared by all rows that still have something to reveal; each moves
+    on to its own next step that reveals a token. Arguments and errors are those of `sample`.
     """
     if steps < 1 or k < 1 or not 0 <= window <= 1:
         raise ValueError(f"needs steps >= 1, k >= 1, 0 <= window <= 1: got {steps}, {k}, {window}")
     if (x[:, 0] == mask_id).any():
         raise ValueError("x[:, 0] must be BOS: it is given to every model and cannot be masked")
-    check_frozen(denoiser=denoiser, energy=energy)
+    check_eval(denoiser=denoiser, energy=energy)
     clock = reveal_clock(x == mask_id, steps, schedule, generator)  # [B, L]
-    judged_steps = 0 if energy is None or k == 1 else window * steps
+    judged_steps = 0 if energy is None or k == 1 else window * steps  # the first ones
     return _events(denoiser, energy, x, clock, mask_id, steps, k, judged_steps, generator)
 
 
 @torch.no_grad()
 def _events(denoiser, energy, x, clock, mask_id, steps, k, judged_steps, generator):
-    """The states of `sample_states`; the first `judged_steps` steps lie inside the window."""
+    """The states of `sample_states`, which itself is no generator: bad arguments raise at once."""
     t = torch.ones(len(x), device=x.device)
     yield SampleState(x, t, torch.full_like(t, math.nan))
     while len(rows := (clock < steps).any(dim=1).nonzero()[:, 0]):  # finished rows have left
@@ -581,14 +569,10 @@ def sample(
     given tokens never change. Plain diffusion (MDLM) is k = 1, no energy, or window = 0. With an
     energy and k > 1, k candidates are judged in the steps with t > 1 - window.
 
-    Takes at most min(steps, masked tokens) forward passes a sequence, however large `steps` is. The
-    law is that of the chain of `steps` steps, for any batch size, up to floating-point rounding. A
-    torch.Generator must live on the model's device. Raises ValueError for steps < 1, k < 1, window
-    outside [0, 1], an unknown schedule ("linear", "cosine"), a masked x[:, 0], a model in training
-    mode, and energies of a row that are nan or all infinite.
-
-    >>> x = torch.full((4, 21), mask_id); x[:, 0] = bos  # four empty sequences
-    >>> edlm.sample(denoiser, x, mask_id=mask_id, steps=8, energy=edlm.ARResidual(ar), k=16)
+    Takes at most min(steps, masked tokens) forward passes a sequence. The law is that of the chain
+    of `steps` steps, for any batch size, up to rounding. A torch.Generator must live on the model's
+    device. Raises ValueError for steps < 1, k < 1, window outside [0, 1], an unknown schedule, a
+    masked x[:, 0], a model in training mode, and energies of a row that are nan or all infinite.
     """
     settings = dict(steps=steps, energy=energy, k=k, window=window, schedule=schedule)
     for state in sample_states(denoiser, x, mask_id=mask_id, generator=generator, **settings):
@@ -597,24 +581,24 @@ def sample(
 
 
 # ------------ 7. What perplexity means ------------------------------------------------------------
-#
-#     (8)  partition   T_n = log mean_j exp(-E(x^(j), x_t)) over n draws x^(j) ~ mu:
-#                      E[T_n] <= log Z <~ E[(2n - 1) T_n - 2 (n - 1) T_{n-1}]      (Theorem 1)
+# Perplexity is exp(nats / M). As an argument and in (8) n counts draws; in (3), |S|: `n_masked`.
+#     (8)  partition   Z = E_mu[exp(-E)], T_n = log mean of exp(-E(., x_t)) over n draws of mu:
+#                      E[T_n] <= log Z, and <= E[(2n - 1) T_n - 2 (n - 1) T_{n-1}] for large n
 #     (9)  joint       (3) with -log mu(x0 | x_S) + E(x0, x_S) + log Z(x_S) for its inner sum
 #     (10) sampler     P_k(x0_U | x_S) = mu_U(x0_U) E[ k w_1 / (w_1 + ... + w_k) ],  w = exp(-E),
-#                      w_1 that of x0 on U and a draw of mu on the rest, the others of k - 1 draws
+#                      w_1 that of x0 on U and a draw of mu on the rest, the others of k - 1 draws:
+#                      k times the probability that draw 1 has x0 on U and is kept
 #
 # The NELBO (3) charges a token -log mu_i for being revealed on its own. With an energy, the tokens
 # of one step depend on each other, and two different numbers can be meant:
 #   joint (9)     the paper's formula and its published tables. It charges the joint cost of all
-#                 masked tokens times the share that is revealed, though revealing U costs -log p_U,
-#                 the *marginal* of U. The two agree only for a product. Two bits that are always
-#                 equal have 1 bit; with the exact posterior (9) says 0.75 for two steps, and tends
-#                 to 0.5.
+#                 masked tokens times the share that is revealed, but revealing U costs -log of the
+#                 *marginal* of U. The two agree only for a product. Two bits that are always equal
+#                 have 1 bit; with the exact posterior (9) says 0.75 for T = 2 and tends to 0.5.
 #   sampler (10)  charges each step the probability with which `sample`, with its T steps and k
 #                 candidates, reveals U: a bound on -log of the very law that is drawn from. The two
-#                 bits in one step: a candidate's bits are equal with probability 1/2, so it takes
-#                 1 - log2(1 - 2^-k) bits, 2, 1.42, 1.09 for k = 1, 2, 4, and tends to the truth.
+#                 bits in one step: one of k candidates has them equal with probability 1 - 2^-k, so
+#                 it takes 1 - log2(1 - 2^-k) bits, 2, 1.42, 1.09 for k = 1, 2, 4, and tends to 1.
 # k = 1 is the NELBO of the T-step chain, k to infinity the chain that draws from (4) itself.
 
 
@@ -627,9 +611,8 @@ def log_mean_exp(a: Tensor) -> Tensor:
 def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int):
     """Estimates log Z(x_t) of (4) by (8): x_t Long[B, L] -> (lower, upper), Float[B] each, nats.
 
-    lower = T_n of n draws; E[T_n] <= log Z by Jensen. upper is the right side of (8), with T_{n-1}
-    averaged over the n ways to leave one draw out; its mean is above log Z for n large enough.
-    Raises ValueError for n < 2.
+    lower = T_n of n draws; E[T_n] <= log Z by Jensen. upper (Theorem 1) averages T_{n-1} over the n
+    ways to leave one out: E[T_n] ~ log Z - c/n makes it log Z + c/n. Raises ValueError for n < 2.
     """
     if n < 2:
         raise ValueError(f"the bounds on log Z leave one of n >= 2 draws out: n is {n}")
@@ -650,10 +633,10 @@ def joint_nelbo(
 ) -> Tensor:
     """The paper's perplexity estimator, equation (9): Float[B], nats per sequence.
 
-    One unbiased draw per row of the formula for a chain of `steps` steps (None: continuous time).
-    log_partition: "upper" or "lower" end of (8) from n draws, or "exact": log Z = 0, true of
-    EDLM-coAR only (n is then unused). Not a bound on any likelihood: see the head of this section.
-    Raises ValueError for another log_partition, n < 2 with a bound, or steps < 1.
+    One draw per row, unbiased but for log Z, of the formula for a chain of `steps` steps (None:
+    continuous time). log_partition: "upper" or "lower" end of (8) from n draws, or "exact": log Z =
+    0, true of EDLM-coAR only. Not a bound on any likelihood: see the head of this section. Raises
+    ValueError for another log_partition, n < 2 with a bound, or steps < 1.
     """
     if log_partition not in ("upper", "lower", "exact"):
         raise ValueError(f"log_partition must be upper, lower or exact, not {log_partition!r}")
@@ -669,11 +652,11 @@ def joint_nelbo(
 def draw_reveal(where: Tensor, n_masked: Tensor, steps: int | None, window: float):
     """A step of the chain, given S: (U that it reveals Bool[B, L], is it in the window Bool[B]).
 
-    U is one uniform member of S and every other with the step's probability r_j. That makes U more
-    likely than in the chain by |U| / (n r_j). The n r_j cancels that of `step_weights`, by which n
-    was drawn; what remains, |U| / M, is undone by M / |U| in `sampler_nelbo`. In continuous time
-    tokens go one by one, and the time of such a step is the n-th smallest of M uniform reveal
-    times.
+    An empty U costs nothing, so none is drawn: U is one uniform member of S, and each other with
+    probability r_j. Any of U may be that one, so P(U) = |U| (1/n) r_j^(|U|-1) (1-r_j)^(n-|U|), the
+    chain's times |U| / (n r_j). (n, j) come by `step_weights`, the chain's times n r_j / M. In all
+    |U| / M, undone by M / |U| in `sampler_nelbo`. In continuous time tokens go one by one, and
+    such a step's time is the n-th smallest of M uniform reveal times.
     """
     B, L = where.shape
     u = torch.rand(B, L, device=where.device).masked_fill(~where, 2.0)
@@ -695,11 +678,11 @@ def sampler_nelbo(
 
     One unbiased draw per row of a bound for the linear schedule with `steps` steps (None: one token
     at a time) and k candidates inside the window. The expectation in (10) is estimated by a mean of
-    n terms, whose log is too low on average (Jensen, however the terms depend on each other): an
-    upper bound, which closes as n grows. Term i puts x0 on U of draw i; its rivals are the next k -
-    1 draws, modulo n: never i itself, and others for every term. Costs a denoiser forward and 2n
-    energies a row. With k = 1 or no energy it is `nelbo` for the same masks. Raises ValueError
-    unless 1 <= k <= n, 0 <= window <= 1 and steps >= 1.
+    n terms, whose log is too low on average (Jensen, however they depend on each other): an upper
+    bound, which closes as n grows. Term i puts x0 on U of draw i; its rivals are the next k - 1
+    draws, cyclically (k <= n, so never i itself). Costs a denoiser forward and 2n energies
+    a row. k = 1 or no energy: `nelbo` for the same masks. Raises ValueError unless 1 <= k <= n, 0
+    <= window <= 1 and steps >= 1.
     """
     if not 1 <= k <= n or not 0 <= window <= 1:
         raise ValueError(f"needs 1 <= k <= n and 0 <= window <= 1: got {k}, {n}, {window}")
@@ -707,7 +690,7 @@ def sampler_nelbo(
     x_t, where, n_masked = corrupt(x0, mask_id=mask_id, steps=steps)
     revealed, inside = draw_reveal(where, n_masked, steps, window)
     logits = denoiser(x_t, where)
-    # the factorised part of all of S, not of U alone: the same mean, less variance
+    # M / n * sum over S has the mean of M / |U| * sum over U (U favours no i in S), less variance
     bound = -candidate_log_q(logits, x0[:, None], where)[:, 0] * M / n_masked
     if energy is None or k == 1:
         return bound
@@ -733,8 +716,7 @@ def pick_device(name: str = "") -> torch.device:
 
 def autocast(device: torch.device):
     """bfloat16 on CUDA, plain float32 elsewhere: a context."""
-    on_gpu = device.type == "cuda"
-    return torch.autocast("cuda", torch.bfloat16) if on_gpu else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 KINDS = {"denoiser": Denoiser, "ar": AutoregressiveLM, "energy": NCEResidual}
@@ -742,32 +724,26 @@ KINDS = {"denoiser": Denoiser, "ar": AutoregressiveLM, "energy": NCEResidual}
 
 def fingerprint(model: nn.Module) -> str:
     """A short hash of a model's weights: how an energy remembers the denoiser that it corrects."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    weights = b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:16]
 
 
 def save_checkpoint(path, model: nn.Module, *, tokenizer: str, **extra) -> None:
-    """Writes weights, config, tokenizer name and `extra` (training state: tensors, plain values).
+    """Writes weights, config, tokenizer name and `extra` (training state) of one of our models.
 
-    The file appears whole, by a rename, or not at all. Raises OSError if it cannot be written (an
-    older file is then still there), ValueError for anything but the three models of this file.
+    The file appears whole, by a rename, or OSError is raised and an older one is still there.
     """
-    kinds = {cls: name for name, cls in KINDS.items()}
-    if type(model) not in kinds:
-        raise ValueError(f"cannot save a {type(model).__name__}: give one of {', '.join(KINDS)}")
-    content = dict(kind=kinds[type(model)], config=asdict(model.config), tokenizer=tokenizer)
-    temporary = f"{path}.tmp"
+    kind = {cls: name for name, cls in KINDS.items()}[type(model)]
+    content = dict(kind=kind, config=asdict(model.config), tokenizer=tokenizer)
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(dict(content, weights=model.state_dict(), **extra), file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}") from error
 
 
@@ -776,7 +752,7 @@ def load_checkpoint(path, device="cpu") -> tuple[nn.Module, dict]:
 
     Raises FileNotFoundError if there is none and ValueError if it is damaged or something else.
     """
-    if not os.path.exists(path):
+    if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint {path}: run python train.py first")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -784,12 +760,8 @@ def load_checkpoint(path, device="cpu") -> tuple[nn.Module, dict]:
         model.load_state_dict(content.pop("weights"))
         if not isinstance(content["tokenizer"], str):
             raise TypeError("the tokenizer has no name")
-    except PermissionError:
-        raise
     except Exception as error:  # torch raises many kinds for a cut or foreign file
-        reason = (
-            f"{path} is damaged or no checkpoint of this project ({type(error).__name__}: {error})"
-        )
+        reason = f"{path} is damaged or no checkpoint of ours ({type(error).__name__}: {error})"
         raise ValueError(reason.split("\n")[0][:200]) from error
     if not all(weight.isfinite().all() for weight in model.state_dict().values()):
         raise ValueError(f"{path} has weights that are not finite: the run diverged, train anew")
@@ -803,12 +775,11 @@ ENERGIES = {"ar": ("ar", "EDLM-AR"), "coar": ("ar", "EDLM-coAR"), "nce": ("energ
 def load_models(folder, stages, device="cpu") -> tuple[dict, str]:
     """The checkpoints <folder>/<stage>.pt of a run: ({stage: model}, tokenizer name).
 
-    Raises what `load_checkpoint` raises, and ValueError if they do not belong together: another
-    tokenizer, vocabulary or block, or an energy that was trained against another denoiser.
+    Raises what `load_checkpoint` raises, and ValueError if they do not belong together.
     """
     models, first = {}, None
     for stage in stages:
-        path = os.path.join(folder, f"{stage}.pt")
+        path = Path(folder) / f"{stage}.pt"
         models[stage], content = load_checkpoint(path, device)
         config = models[stage].config
         facts = (content["tokenizer"], config.vocab_size, config.block_size)

@@ -538,7 +538,7 @@ def test_wrong_arguments_are_refused():
         partial(edlm.nce_loss, denoiser, nce, world.x0s, mask_id=2),
         partial(edlm.alpha, torch.ones(1), "no"),
         partial(ar.transformer, torch.zeros(1, 5, 8)),  # longer than the block
-        partial(ar.sample, world.x0s, 5),
+        partial(ar.sample, world.x0s, 6),
     ]
     for call in calls:
         with pytest.raises(ValueError):
@@ -811,7 +811,7 @@ def test_chunks_and_company_change_nothing(monkeypatch):
 
     def results(tokens, rows):
         monkeypatch.setattr(edlm, "JUDGED_TOKENS", tokens)
-        monkeypatch.setattr(edlm, "ROWS", rows)
+        monkeypatch.setitem(edlm.ROWS, "cpu", rows)
         energies = (edlm.in_chunks(e, x0, x_t, log_q) for e in (nce, edlm.ARResidual(ar, True)))
         return *energies, *edlm.categorical(logits, 50, generator=seeded(3))
 
@@ -919,7 +919,7 @@ def test_nothing_as_large_as_all_logits_is_held(name, monkeypatch):
     config, V, N, rows = edlm.Config(3000, 16, 1, 2, 8), 3008, 30, 10  # V with its padding
     ar, denoiser = edlm.AutoregressiveLM(config).eval(), edlm.Denoiser(config).eval()
     models = dict(ar=ar, energy=edlm.NCEResidual.from_denoiser(denoiser).eval())
-    monkeypatch.setattr(edlm, "ROWS", rows)
+    monkeypatch.setitem(edlm.ROWS, "cpu", rows)
     monkeypatch.setattr(edlm, "JUDGED_TOKENS", 64)
     x = torch.full((2, 16), config.mask_id).index_fill(1, torch.tensor(0), 0)
     settings = dict(mask_id=config.mask_id, steps=2, energy=edlm.make_energy(name, models))
@@ -1608,7 +1608,7 @@ def test_progress_writes_little_into_a_log(monkeypatch):
 
 ROOT = Path(__file__).parent
 SHORT = "--batch_size 8 --max_steps 6 --warmup_steps 2 --eval_blocks 16 --k 2,3 "
-SHORT += "--log_every 1 --save_every 2 --eval_every 2 --n 8 --steps 2,4 --device cpu"
+SHORT += "--log_every 1 --save_every 2 --n 8 --steps 2,4 --device cpu"
 SMALL = f"{SHORT} --n_layer 1 --n_embd 16 --n_head 2 --dropout 0.1"
 FRESH = f"train.py --data data/small --out new {SMALL}"
 AGAIN = f"{FRESH} --out out/toy --overwrite"

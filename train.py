@@ -14,6 +14,7 @@ s derive from (seed, s, m). So a resumed run repeats an uninterrupted one exactl
 do the arithmetic of one process that accumulates W micro-batches.
 """
 
+import argparse
 import contextlib
 import copy
 import itertools
@@ -22,9 +23,7 @@ import math
 import os
 import signal
 import sys
-import textwrap
 import time
-import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -43,13 +42,16 @@ CORPORA = tuple(data.DETOKENIZERS)  # named here because a field of Settings is 
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout")  # with the vocabulary, a Config
 
 # Settings has the paper's OpenWebText run; a preset says what differs from it.
+LAPTOP = dict(optimizer="muon", warmup_steps=30, lr_schedule="cosine", ema=0.99, dropout=0.0)
 PRESETS = {
     # Minutes on two CPU cores. A block is one story: [EOT] + 19 words + [EOT].
-    "toy": dict(data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64, dropout=0.0)
-    | dict(optimizer="muon", lr=0.018, energy_lr=0.008, warmup_steps=30, lr_schedule="cosine")
-    | dict(batch_size=128, micro_batch=0, ema=0.99, eval_every=200, save_every=200)
-    | dict(denoiser_steps=500, ar_steps=200, energy_steps=450)
-    | dict(nce="ranking", negatives=3),
+    "toy": dict(LAPTOP, data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64)
+    | dict(lr=0.018, energy_lr=0.008, batch_size=128, micro_batch=128, save_every=200)
+    | dict(denoiser_steps=500, ar_steps=200, energy_steps=450, nce="ranking", negatives=3),
+    # Half an hour on two CPU cores, bytes.
+    "shakespeare": dict(LAPTOP, data="data/shakespeare", block_size=128, n_layer=3, n_head=6)
+    | dict(n_embd=192, lr=0.012, energy_lr=0.006, batch_size=16)
+    | dict(denoiser_steps=1900, ar_steps=750, energy_steps=750),
     # Width 768, because the paper's 784 does not divide into 12 heads.
     "text8": dict(data="data/text8", block_size=256, dropout=0.05, micro_batch=64)
     | dict(warmup_steps=2000, lr_schedule="cosine", energy_steps=10_000),
@@ -75,7 +77,6 @@ class Settings:
     optimizer: str = option("muon is for matrices only", "adamw", choices=("muon", "adamw"))
     lr: float = option("peak learning rate", 3e-4, 1e-9, 10)
     energy_lr: float = option("peak learning rate of the energy stage", 3e-4, 1e-9, 10)
-    weight_decay: float = option("weight decay of matrices", 0.0, 0, 10)
     warmup_steps: int = option("steps over which the learning rate rises", 2500, 0)
     lr_schedule: str = option("after the warm-up", "constant", choices=("constant", "cosine"))
     grad_clip: float = option("largest gradient norm", 1.0, 1e-9, 1e9)
@@ -83,16 +84,15 @@ class Settings:
     batch_size: int = option("sequences per step, over all processes and micro-batches", 512)
     nce: str = option("loss of the energy stage", "binary", choices=("binary", "ranking"))
     negatives: int = option("draws of the denoiser that each true block is told from", 1, 1, 1024)
-    micro_batch: int = option("sequences per forward pass; 0: the batch over the processes", 16, 0)
+    micro_batch: int = option("sequences per forward pass, at most", 16)
     denoiser_steps: int = option("steps of the denoiser stage", 1_000_000)
     ar_steps: int = option("steps of the ar stage", 1_000_000)
     energy_steps: int = option("steps of the energy stage", 400_000)
-    eval_every: int = option("steps between evaluations on the validation shards", 1000)
-    save_every: int = option("steps between checkpoints", 250)
+    save_every: int = option("steps between checkpoints, each with a validation loss", 250)
     log_every: int = option("steps between rows of the log", 10)
     stage: str = option("what to train", "all", choices=(*STAGES, "all"))
     seed: int = option("seed of weights, data order and masks", 0, 0)
-    max_steps: int = option("steps of each stage, instead of the preset's", 0, 0)
+    max_steps: int = option("steps of every stage, instead of the three above", 0, 0)
 
     out: str = option("folder of the run (default: out/ + the name of the data folder)", "")
     resume: bool = option("continue the run in --out, with its own settings", False)
@@ -101,7 +101,6 @@ class Settings:
     eval: bool = option("evaluate the checkpoints in --out instead of training", False)
     eval_blocks: int = option("validation blocks to evaluate on; --eval: 64 if not given", 1000)
     passes: int = option("--eval: masks drawn for each validation block", 1)
-    energy: str = option("--eval: one energy only", "", choices=("", "none", *edlm.ENERGIES))
     steps: tuple = option("--eval: numbers of decoding steps T, as 2,4,8", (2, 4, 8))
     k: tuple = option("--eval: numbers of candidates, as 4,16", (4, 16))
     n: int = option("--eval: draws for each expectation over candidates", 128, 2)
@@ -118,43 +117,37 @@ class Settings:
                 raise ValueError(f"--{f.name} must be {f.type.__name__}{limits}, not {value!r}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite ends it: give one of them")
-        if self.eval and max(self.k) > self.n:
-            raise ValueError(f"--n {self.n} must be at least the largest --k, {max(self.k)}")
-        self.config(1)  # refuses a width that does not divide
-        if self.json:
-            data.check_target(self.json)
 
     def config(self, vocab_size: int) -> edlm.Config:
         """The shape of the networks."""
         return edlm.Config(vocab_size, *(getattr(self, name) for name in SHAPE))
 
-    def last_step(self, stage: str) -> int:
-        """How many steps the stage is trained for."""
-        return self.max_steps or getattr(self, f"{stage}_steps")
-
 
 def parse(argv=None) -> Settings:
     """The command line: a preset, and a flag of the same name for every field of Settings.
 
-    What is not given comes from the checkpoints in --out where these decide (--resume and --eval:
-    the whole run; --stage energy: the denoiser's shape), else from the preset, else from Settings.
+    What is not given comes from the checkpoints in --out (--resume and --eval: the whole run;
+    --stage energy: the denoiser's shape), else from the preset, else from Settings.
     """
-    presets = (f"{name}: {values}" for name, values in PRESETS.items())
-    presets = "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in presets)
-    parser = data.Parser("train.py", __doc__, epilog=f"presets, where they differ:\n{presets}")
-    parser.add_argument("--preset", default="toy", choices=PRESETS, help="default: toy")
+    presets = "\n\n".join(f"preset {name}: {values}" for name, values in PRESETS.items())
+    form = dict(argument_default=argparse.SUPPRESS)  # what is not given is not there
+    parser = data.Parser("train.py", __doc__, epilog=presets, **form)
+    text = "default: the one with this --data, else toy"
+    parser.add_argument("--preset", choices=PRESETS, help=text)
     for f in fields(Settings):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
         form = dict(type=data.numbers if f.type is tuple else f.type, metavar=f.type.__name__)
         form |= dict(choices=f.metadata["choices"]) if f.metadata["choices"] else {}
-        form = dict(action="store_true", default=None) if f.type is bool else form
+        form = dict(action="store_true") if f.type is bool else form
         parser.add_argument(f"--{f.name}", help=text, **form)
     given = vars(parser.parse_args(argv))
-    given = {name: value for name, value in given.items() if value is not None}
-    values = PRESETS[given.pop("preset")]
+    named = [name for name, preset in PRESETS.items() if preset["data"] == given.get("data")]
+    values = PRESETS[given.pop("preset", (*named, "toy")[0])]
     source = given.get("data", values["data"])
     if "eval" in given and Path(source).is_file():
         source = values["data"]  # a text has no run of its own
+    if "max_steps" in given:
+        given |= {f"{stage}_steps": given["max_steps"] for stage in STAGES}
     given.setdefault("out", str(Path("out") / Path(source).stem))
     if "eval" in given:
         given.setdefault("eval_blocks", 64)  # bounds cost 2 n energies a block
@@ -177,56 +170,19 @@ def saved_settings(out, resume: bool) -> dict:
         raise FileNotFoundError(f"no checkpoint in {out}: run python train.py --out {out} first")
     newest = max(paths, key=lambda path: path.stat().st_mtime)
     _, content = edlm.load_checkpoint(newest)
-    if resume and "training" not in content:
-        raise ValueError(f"{newest} was imported, not trained here: it cannot be resumed")
+    names = [f.name for f in fields(Settings)]
     try:
-        saved = content["training"]["settings"] if "training" in content else {}
-        names = [f.name for f in fields(Settings)]
+        saved = content["training"]["settings"] if resume or "training" in content else {}
         return {name: saved[name] for name in names[: names.index("out")] if name in saved}
-    except (TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{newest} is damaged: its settings cannot be read") from error
-
-
-# ------------ Where it runs -----------------------------------------------------------------------
-
-
-def start_processes(name: str) -> tuple[torch.device, int, int]:
-    """(device, rank, number of processes); joins the process group if torchrun started us."""
-    device, world = edlm.pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return device, 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), world
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """Collects Ctrl-C and SIGTERM in a list for the loop to see; a second Ctrl-C ends at once."""
-    caught = []
-
-    def handle(number, frame):
-        if caught and number == signal.SIGINT:  # schedulers repeat SIGTERM, also while we save
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{newest} is damaged or was imported: no settings to resume") from error
 
 
 # ------------ What is minimised, and how ----------------------------------------------------------
 
 
 def training_loss(stage: str, net, denoiser, x0: torch.Tensor, s: Settings) -> torch.Tensor:
-    """The scalar of a stage: nats per token, or the NCE loss.
-
-    An energy that cannot tell has a loss of 2 ln 2 (binary) or ln(1 + negatives) (ranking).
-    """
+    """The scalar of a stage: nats per token, or the NCE loss."""
     mask_id = (denoiser or getattr(net, "module", net)).config.mask_id
     if stage == "energy":
         form = dict(negatives=s.negatives, ranking=s.nce == "ranking")
@@ -236,21 +192,16 @@ def training_loss(stage: str, net, denoiser, x0: torch.Tensor, s: Settings) -> t
 
 
 @torch.no_grad()
-def validation_loss(stage: str, run: "Run", blocks, s: Settings, device) -> float:
-    """The training loss on the first --eval_blocks blocks, with the same masks every time."""
-    total, loader = 0.0, batches(blocks, s, run.ema.config)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), edlm.autocast(device):
-        for i, x0 in enumerate(loader):
-            torch.manual_seed(i)
-            loss = training_loss(stage, run.ema, run.denoiser, x0.to(device), s)
-            total += loss.item() * len(x0)
-    return total / len(loader.dataset)
-
-
-def batches(blocks, s: Settings, config: edlm.Config) -> DataLoader:
-    """The first --eval_blocks blocks in batches whose logits stay within 2**27 numbers."""
-    size = min(256, max(1, 2**27 // (config.vocab_size * config.block_size)))
-    return DataLoader(Subset(blocks, range(min(s.eval_blocks, len(blocks)))), batch_size=size)
+def score_blocks(name: str, score, blocks, s: Settings, device) -> torch.Tensor:
+    """score(x0=...) of the first --eval_blocks blocks: Float64[blocks], means over --passes."""
+    part = Subset(blocks, list(range(min(s.eval_blocks, len(blocks)))) * s.passes)
+    loader = DataLoader(part, batch_size=max(1, 4096 // len(blocks[0])))  # 4096 tokens at once
+    values = []
+    for i, x0 in enumerate(data.progress(loader, desc=name, leave=False, delay=1)):
+        torch.manual_seed(i)  # the same masks every time
+        with edlm.autocast(device):
+            values.append(score(x0=x0.to(device)).cpu().double())
+    return torch.cat(values).view(s.passes, -1).mean(dim=0)
 
 
 def make_optimizers(model, s: Settings) -> list[torch.optim.Optimizer]:
@@ -258,13 +209,9 @@ def make_optimizers(model, s: Settings) -> list[torch.optim.Optimizer]:
     muon = [p for p in model.transformer.blocks.parameters() if p.dim() == 2]
     muon = muon if s.optimizer == "muon" else []
     rest = [p for p in model.parameters() if all(p is not other for other in muon)]
-    groups = [
-        dict(params=[p for p in rest if p.dim() >= 2], weight_decay=s.weight_decay),
-        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.999), fused=True)]
+    optimizers = [torch.optim.AdamW(rest, lr=s.lr, weight_decay=0, fused=True)]
     if muon:  # "match_rms_adamw" scales its step to the size of an AdamW step: one lr for both
-        form = dict(weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw")
+        form = dict(weight_decay=0, adjust_lr_fn="match_rms_adamw")
         optimizers.append(torch.optim.Muon(muon, lr=s.lr, **form))
     return optimizers
 
@@ -273,18 +220,12 @@ def learning_rate(s: Settings, stage: str, step: int) -> float:
     """Linear warm-up, then constant or a cosine to zero at the stage's last step."""
     peak = s.energy_lr if stage == "energy" else s.lr
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
-    if s.lr_schedule == "constant":
-        return peak * warm
-    done = max(0, step - s.warmup_steps) / max(1, s.last_step(stage) - s.warmup_steps)
-    return peak * warm * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    done = max(0, step - s.warmup_steps) / max(1, getattr(s, f"{stage}_steps") - s.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return peak * warm * (cosine if s.lr_schedule == "cosine" else 1)
 
 
-def seed_of(seed: int, step: int, part: int) -> int:
-    """One random stream for each (run, step, micro-batch): nothing to save, nothing to restore."""
-    return hash((seed, step, part)) % 2**63  # of integers: the same in every Python process
-
-
-# ------------ A stage, begun or resumed -----------------------------------------------------------
+# ------------ A run: begun, trained, stopped, resumed ---------------------------------------------
 
 
 @dataclass
@@ -303,8 +244,7 @@ class Run:
 def begin(s: Settings, stage: str, blocks: data.Blocks, device) -> Run:
     """A stage at its first step, or where --resume finds it. ValueError if it fits not together."""
     config = s.config(blocks.vocab_size)
-    corpus = f"{len(blocks)} blocks of {zlib.crc32(json.dumps(blocks.meta['source']).encode()):08x}"
-    facts = dict(tokenizer=blocks.tokenizer, corpus=corpus)
+    facts = dict(tokenizer=blocks.tokenizer, corpus=[len(blocks), *blocks.meta["source"]])
     torch.manual_seed(s.seed)
     denoiser = None
     if stage == "energy":
@@ -363,20 +303,10 @@ def save(run: Run, s: Settings, stage: str, log) -> None:
     edlm.save_checkpoint(checkpoint_path(s.out, stage), run.ema, training=training, **run.facts)
 
 
-def open_log(s: Settings, stage: str, rank: int, length: int):
-    """The log of a stage, cut to what its checkpoint knows of; only rank 0 writes one."""
-    if rank > 0:
-        return open(os.devnull, "a")
-    Path(s.out).mkdir(parents=True, exist_ok=True)
-    log = open(Path(s.out) / f"{stage}.jsonl", "a")
-    log.truncate(min(length, log.tell()))
-    return log
-
-
 def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: list) -> bool:
     """Trains one stage to its last step. True if it got there, False if a signal stopped it."""
     blocks, held_out = (data.Blocks(s.data, split, s.block_size) for split in ("train", "val"))
-    run, last = begin(s, stage, blocks, device), s.last_step(stage)
+    run, last = begin(s, stage, blocks, device), getattr(s, f"{stage}_steps")
     if run.step >= last:
         return True
     model, on_gpu = run.model, device.type == "cuda"
@@ -396,8 +326,13 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
     if s.overwrite and rank == 0:  # later stages too: they must not be taken for the new run's
         for later in STAGES[STAGES.index(stage) :] if s.stage == "all" else (stage,):
             checkpoint_path(s.out, later).unlink(missing_ok=True)
-    log, shown, since = open_log(s, stage, rank, run.log_bytes), {}, (run.step, time.perf_counter())
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    log = open(os.devnull if rank > 0 else Path(s.out) / f"{stage}.jsonl", "a")
+    if rank == 0:  # the log goes no further than the checkpoint
+        log.truncate(min(run.log_bytes, log.tell()))
     bar = dict(total=last, initial=run.step, desc=f"{stage:8}", unit="step", disable=rank > 0)
+    held_out_loss = lambda x0: training_loss(stage, run.ema, run.denoiser, x0, s).expand(len(x0))
+    shown, since = {}, (run.step, time.perf_counter())
     with log, data.progress(**bar) as bar:
         while run.step < last:
             rate = learning_rate(s, stage, run.step)
@@ -406,7 +341,8 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
             loss = torch.zeros((), device=device)
             for i in range(accumulate):
                 x0 = next(loader).to(device, non_blocking=True)
-                torch.manual_seed(seed_of(s.seed, run.step, i * world + rank))
+                stream = (s.seed, run.step, i * world + rank)
+                torch.manual_seed(hash(stream) % 2**63)  # integers hash alike in every process
                 whole = world == 1 or i == accumulate - 1  # gradients are exchanged once a step
                 with contextlib.nullcontext() if whole else net.no_sync():
                     with edlm.autocast(device):
@@ -431,10 +367,8 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
                     dist.all_reduce(sums)  # so all processes stop after the same step
                 loss, stopped = sums[0].item(), sums[1].item() > 0
                 if not math.isfinite(loss + norm):  # a bad gradient is in the weights already
-                    raise ValueError(
-                        f"{stage}: loss {loss:g}, gradient norm {norm:g} at step "
-                        f"{run.step}; the last checkpoint is kept: lower --lr"
-                    )
+                    what = f"loss {loss:g}, gradient norm {norm:g} at step {run.step}"
+                    raise ValueError(f"{stage}: {what}; the last checkpoint is kept: lower --lr")
                 tokens, now = batch * s.block_size, time.perf_counter()
                 speed = (run.step - since[0]) * tokens / (now - since[1])
                 shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
@@ -444,16 +378,40 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
                 row |= dict(grad_norm=float(norm), tokens_per_second=round(speed))
                 log.write(json.dumps(row) + "\n")
                 since = (run.step, time.perf_counter())
-            if rank == 0 and (run.step % s.eval_every == 0 or run.step == last):
-                loss = validation_loss(stage, run, held_out, s, device)
+            if rank == 0 and saving:
+                loss = score_blocks("validation", held_out_loss, held_out, s, device).mean().item()
                 shown |= dict(val=f"{loss:.3f}")
                 log.write(json.dumps(dict(step=run.step, val_loss=loss)) + "\n")
             bar.set_postfix(shown, refresh=False)
             if rank == 0 and (saving or stopped):
                 save(run, s, stage, log)
             if stopped:
-                return run.step == last
-    return True
+                break
+    return run.step == last
+
+
+def start_processes(name: str) -> tuple[torch.device, int, int]:
+    """(device, rank, number of processes); joins the process group if torchrun started us."""
+    device, world = edlm.pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return device, 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), world
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """Collects Ctrl-C and SIGTERM in a list for the loop to see, so that it can save and stop."""
+    caught, handlers = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def train(s: Settings) -> None:
@@ -467,10 +425,6 @@ def train(s: Settings) -> None:
         data.make_toy(s.data)
     if world > 1:
         dist.barrier()
-    s = replace(s, micro_batch=s.micro_batch or max(1, s.batch_size // world))
-    data.Blocks(s.data, "val", s.block_size)  # what does not fit is refused before anything is
-    blocks = data.Blocks(s.data, "train", s.block_size)  # overwritten
-    data.BatchOrder(len(blocks), s.batch_size, s.micro_batch, seed=s.seed, world=world)
     if rank == 0:
         print(f"{s.data} -> {s.out} on {device}" + f" and {world - 1} more" * (world > 1))
     with caught_signals() as caught:
@@ -481,7 +435,7 @@ def train(s: Settings) -> None:
             if not finished:
                 break
     if rank == 0 and finished:
-        print_table(evaluate(replace(s, passes=8, energy="none", steps=()), device))
+        print_table(evaluate(replace(s, passes=8, steps=()), device))
         print(f"next: python sample.py --out {s.out}    python train.py --eval --out {s.out}")
     if world > 1:
         dist.barrier()  # nobody leaves before rank 0: torch would end the others
@@ -495,11 +449,10 @@ def train(s: Settings) -> None:
 # ------------ Perplexity --------------------------------------------------------------------------
 
 
-def estimators(models: dict, energies: list[str], s: Settings) -> list[tuple]:
-    """A row of the table each: (name, what it is, function of x0, that with n / 4 or None).
+def estimators(models: dict, s: Settings) -> list[tuple]:
+    """A row of the table each: (name, what it is, function of x0, candidates k where n decides).
 
-    The functions give nats per sequence, Float[B]. Those of the same T see the same masks and
-    draws.
+    The functions give nats per sequence, Float[B]; without --steps there is no row with an energy.
     """
     rows, denoiser = [], models.get("denoiser")
     if "ar" in models:
@@ -508,16 +461,15 @@ def estimators(models: dict, energies: list[str], s: Settings) -> list[tuple]:
         return rows
     form = dict(mask_id=denoiser.config.mask_id)
     rows.append(("MDLM", "bound", partial(edlm.nelbo, denoiser, **form), None))
-    judges = {edlm.ENERGIES[name][1]: edlm.make_energy(name, models) for name in energies}
+    trained = {name: title for name, (stage, title) in edlm.ENERGIES.items() if stage in models}
+    judges = {title: edlm.make_energy(name, models) for name, title in trained.items()}
     form["n"] = s.n
     for T in s.steps:
         bound = partial(edlm.sampler_nelbo, denoiser, steps=T, **form)
         rows.append((f"MDLM T={T}", "bound", partial(bound, energy=None, k=1), None))
         for k, (title, energy) in itertools.product(s.k, judges.items()):
-            score = partial(bound, energy=energy, k=k)
-            quarter = partial(score, n=s.n // 4) if k <= s.n // 4 else None
-            rows.append((f"{title} T={T} k={k}", "bound", score, quarter))
-    for title, energy in judges.items():
+            rows.append((f"{title} T={T} k={k}", "bound", partial(bound, energy=energy, k=k), k))
+    for title, energy in judges.items() if s.steps else ():
         for end in ("exact",) if title == "EDLM-coAR" else ("lower", "upper"):
             joint = partial(edlm.joint_nelbo, denoiser, energy=energy, log_partition=end, **form)
             rows.append((f"{title} joint, log Z {end}", "estimate", joint, None))
@@ -527,51 +479,30 @@ def estimators(models: dict, energies: list[str], s: Settings) -> list[tuple]:
 @torch.no_grad()
 def evaluate(s: Settings, device) -> list[dict]:
     """Rows of the perplexity table for the checkpoints in --out. ValueError if data do not fit."""
-    energies = [] if s.energy == "none" else [s.energy] if s.energy else list(edlm.ENERGIES)
-    found = {stage for stage in STAGES if checkpoint_path(s.out, stage).exists()}
-    if not s.energy:
-        energies = [name for name in energies if edlm.ENERGIES[name][0] in found]
-    wanted = found - {"energy"} | {edlm.ENERGIES[name][0] for name in energies}
-    models, tokenizer = edlm.load_models(s.out, [g for g in STAGES if g in wanted], device)
-    config = next(iter(models.values())).config
-    if Path(s.data).is_file():
+    wanted = STAGES if s.steps else ("denoiser", "ar")
+    found = [stage for stage in wanted if checkpoint_path(s.out, stage).exists()]
+    models, tokenizer = edlm.load_models(s.out, found, device)
+    config, is_text, rows = models[found[0]].config, Path(s.data).is_file(), []
+    if is_text:
         encoding = data.get_tokenizer(tokenizer)
         blocks = data.text_blocks(s.data, encoding, config.block_size, s.detokenize or None)
     else:
         blocks = data.Blocks(s.data, "val", config.block_size)
         if blocks.tokenizer != tokenizer:
             raise ValueError(f"{s.data} holds {blocks.tokenizer} tokens, {s.out} needs {tokenizer}")
-    loader, rows = batches(blocks, s, config), []
-    if tokenizer == "toy" and not Path(s.data).is_file():
+    if tokenizer == "toy" and not is_text:
         floor = torch.tensor([data.toy_entropy()])
         rows.append(table_row("language (floor)", "exact", floor, config, tokenizer))
-    for name, what, score, quarter in estimators(models, energies, s):
-        nats = score_blocks(name, score, loader, s, device)
+    for name, what, score, k in estimators(models, s):
+        nats = score_blocks(name, score, blocks, s, device)
         rows.append(table_row(name, what, nats, config, tokenizer))
-        if quarter:  # does the bound still fall?
-            nats = score_blocks(f"{name}, n/4", quarter, loader, s, device)
+        if k and k <= s.n // 4:  # does the bound still fall?
+            nats = score_blocks(f"{name}, n/4", partial(score, n=s.n // 4), blocks, s, device)
             rows[-1]["with_quarter_n"] = nats.mean().item() / (config.block_size - 1)
     return rows
 
 
-def score_blocks(name: str, score, loader, s: Settings, device) -> torch.Tensor:
-    """score(x0=...) of every block, Float64[blocks], the mean over --passes masks."""
-    nats = 0.0
-    with data.progress(total=s.passes * len(loader), desc=name, leave=False) as bar:
-        for part in range(s.passes):
-            values = []
-            for i, x0 in enumerate(loader):
-                torch.manual_seed(seed_of(s.seed, i, part))  # the same for every row of the table
-                with edlm.autocast(device):
-                    values.append(score(x0=x0.to(device)).cpu().double())
-                bar.update()
-            nats += torch.cat(values) / s.passes
-    return nats
-
-
-def table_row(
-    name: str, what: str, nats: torch.Tensor, config: edlm.Config, tokenizer: str
-) -> dict:
+def table_row(name, what, nats: torch.Tensor, config: edlm.Config, tokenizer: str) -> dict:
     """Means over blocks of nats Float[blocks], and their standard error.
 
     Perplexity is per scored token, of which a block has L - 1. Bits per character spread a block's
