@@ -19,7 +19,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import pty
 import re
 import shlex
@@ -936,13 +935,11 @@ def test_nothing_as_large_as_all_logits_is_held(name, monkeypatch):
 # 2. Data: toy language, tokenizers, shards, archives, kills, downloads
 # ==================================================================================================
 
-SHARED = Path(__file__).parent.parent / "shared"
-
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
     """Waiting for the disk guards against power cuts, which are not tested, and takes time."""
-    monkeypatch.setattr(data.os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def refused(message, call, *args, **options):
@@ -962,95 +959,71 @@ def stream(folder, split):
     return np.concatenate([np.fromfile(shard, "<u2", offset=1024) for shard in shards]).tolist()
 
 
-# ---------------------------------------------- toy language, tokens
+def prepare(out, source, files, **options):
+    """What `python data.py` does for these files, to bytes if not told otherwise."""
+    data.prepare(out, **data.SOURCES[source] | dict(files=files, tokenizer="bytes") | options)
 
 
 def test_toy_language_is_a_distribution_with_the_stated_entropy():
-    probabilities = [math.exp(data.toy_log_prob(story)) for story in data.toy_language()]
-    assert math.fsum(probabilities) == pytest.approx(1, abs=1e-12)
     # By hand: 3 templates, 6 names, 5 friends, 4 colours, 4 objects, no two choices the same story.
-    assert len(probabilities) == 3 * 6 * 5 * 4 * 4
+    assert len(set(data.toy_language())) == len(data.toy_language()) == 3 * 6 * 5 * 4 * 4
     assert data.toy_entropy() == pytest.approx(math.log(1440), abs=1e-9)
+    counts = Counter(data.toy_stories(30000, seed=1))
+    # Each is expected 20.8 +- 4.6 times: a false alarm in 1e6 seeds.
+    assert set(counts) == set(data.toy_language()) and max(counts.values()) < 20.8 + 7 * 4.6
+    assert data.toy_stories(9, seed=1) == data.toy_stories(9, seed=1) != data.toy_stories(9, seed=2)
 
 
-def test_toy_stories_follow_the_language():
-    stories = data.toy_stories(30000, seed=1)
-    assert stories == data.toy_stories(30000, seed=1) != data.toy_stories(30000, seed=2)
-    templates = Counter(story.split()[6] for story in stories)
-    # 0.02 is 7 standard deviations: a false alarm in 1e11 seeds.
-    assert set(templates) == {"gives", "shows", "sells"}
-    assert all(abs(n / 30000 - 1 / 3) < 0.02 for n in templates.values())
-
-
-GOOD = "ben has a black boat. he gives it to ann today. she likes the black boat."
-BROKEN = [("he ", "she "), ("gives", "sells"), ("likes", "keeps"), ("she", "he"), ("ann", "ben")]
-
-
-def test_toy_validity_notices_every_broken_agreement():
-    assert data.toy_is_valid(GOOD)
-    broken = [GOOD.replace(*pair, 1) for pair in [*BROKEN, ("the black", "the red")]]
-    for bad in (*broken, "", GOOD + " ", GOOD[:-1], GOOD + " " + GOOD, GOOD.capitalize()):
-        assert data.toy_log_prob(bad) == -math.inf and not data.toy_is_valid(bad)
-
-
-def test_every_toy_story_has_the_same_length_and_round_trips():
+def test_toy_stories_have_one_length_round_trip_and_keep_every_agreement():
     tokenizer = data.get_tokenizer("toy")
-    for story in itertools.islice(data.toy_language(), 0, None, 7):
+    for story in data.toy_language()[::7]:
         ids = data.encode(tokenizer, story)
         assert len(ids) == data.TOY_LENGTH and data.decode(tokenizer, ids) == story
+    good = "ben has a black boat. he gives it to ann today. she likes the black boat."
+    broken = [("he ", "she "), ("gives", "sells"), ("likes", "keeps"), ("she", "he"), ("b", "B")]
+    broken = [good.replace(*change, 1) for change in [*broken, ("the black", "the red")]]
+    assert data.toy_is_valid(good)
+    assert not any(map(data.toy_is_valid, [*broken, "", good + " ", good[:-1], good + " " + good]))
 
 
-@pytest.mark.parametrize(
-    "name, size, text",
-    [("bytes", 257, "Häß\n\n 世界 <|endoftext|> \0" * 99), ("text8", 28, "the quick brown fox")],
-)
-def test_small_tokenizers(name, size, text):
-    tokenizer = data.get_tokenizer(name)
-    assert (tokenizer.n_vocab, tokenizer.eot_token) == (size, size - 1)
-    ids = data.encode(tokenizer, text)
-    assert len(ids) == len(text.encode()) and data.decode(tokenizer, ids) == text
-    assert data.decode(tokenizer, [tokenizer.eot_token, *ids, size]) == text + "_"
+def test_tokenizers_round_trip_and_show_masks():
+    texts = {"bytes": "Häß\n\n 世界 <|endoftext|> \0" * 99, "text8": "the fox", "toy": "ben has a"}
+    for name, size, mask in (("bytes", 257, "_"), ("text8", 28, "_"), ("toy", 36, " ___")):
+        tokenizer = data.get_tokenizer(name)
+        assert tokenizer.n_vocab == tokenizer.eot_token + 1 == size
+        ids = data.encode(tokenizer, texts[name])
+        assert data.decode(tokenizer, torch.tensor(ids)) == texts[name]
+        shown = data.decode(tokenizer, [size - 1, *ids, size, size, size - 1])
+        assert shown == texts[name] + 2 * mask
+    assert data.decode(tokenizer, [size, *ids[1:]]) == "___ has a"
+    assert data.decode(data.get_tokenizer("bytes"), [104, 195]) == "h\N{REPLACEMENT CHARACTER}"
 
 
-def test_masks_and_broken_characters_are_shown():
-    toy, raw = data.get_tokenizer("toy"), data.get_tokenizer("bytes")
-    ids, eot, mask = data.encode(toy, "ben has a"), toy.eot_token, toy.n_vocab
-    assert data.decode(toy, torch.tensor([eot, *ids, mask, mask, eot])) == "ben has a ___ ___"
-    assert data.decode(toy, [mask, *ids[1:]]) == "___ has a"
-    assert data.decode(raw, [104, 257, 105, 256, 0xC3]) == "h_i\N{REPLACEMENT CHARACTER}"
-
-
-@pytest.mark.parametrize(
-    "name, text, culprit",
-    [
+def test_what_cannot_be_tokenised_is_refused_by_name(monkeypatch):
+    for name, text, culprit in [
         ("toy", "ben has a yacht.", "' yacht'"),
         ("toy", "ben  has", "' '"),
         ("text8", "a\n", r"'\n'"),
         ("bytes", "\ud800", "Unicode"),
-    ],
-)
-def test_text_that_cannot_be_encoded_is_refused_by_name(name, text, culprit):
-    refused(re.escape(culprit), data.encode, data.get_tokenizer(name), text)
-
-
-def test_unknown_tokenizer_and_gpt2_without_network(monkeypatch):
+    ]:
+        refused(re.escape(culprit), data.encode, data.get_tokenizer(name), text)
     refused("choose one of gpt2, bytes, toy, text8", data.get_tokenizer, "gpt3")
-
-    def offline(name):
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(data.tiktoken, "get_encoding", offline)
+    # What fetches the vocabulary fails with an OSError, as without a network.
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: open("no such\nfile"))
     refused("TIKTOKEN_CACHE_DIR", data.get_tokenizer.__wrapped__, "gpt2")
 
 
-# ---------------------------------------------- shards and blocks
+META = dict(tokenizer="bytes", vocab_size=257, source=["a", "b", "c"])
 
 
-def make_folder(folder, tokens, shard_tokens):
-    data.claim(folder, data.get_tokenizer("bytes"), ["test"])
-    tokens = np.asarray(tokens, dtype=data.TOKEN)
-    data.write_shards(folder, "train", 0, [tokens], shard_tokens)
-    data.write_shards(folder, "val", 0, [tokens[:50]], shard_tokens)
+def make_folder(folder, tokens, shard_tokens=70):
+    """A data folder of these bytes, so many from each source file; the first 50 for validation."""
+    cuts = range(shard_tokens, len(tokens), shard_tokens)
+    parts = np.split(np.asarray(tokens, data.TOKEN), cuts)
+    data.claim(folder, META | dict(source=["a source"] * len(parts)))
+    for number, part in enumerate(parts):
+        data.write_shard(folder / f"train_{number:03d}.bin", [part[:1], part[1:]])
+    data.write_shard(folder / "val_000.bin", [np.asarray(tokens[:50], data.TOKEN)])
     return folder
 
 
@@ -1059,118 +1032,69 @@ def test_shards_round_trip_with_blocks_that_span_them(tmp_path, shard_tokens):
     tokens = np.random.default_rng(0).integers(0, 256, 200)
     blocks = data.Blocks(make_folder(tmp_path, tokens, shard_tokens), "train", 32)
     assert (blocks.tokenizer, blocks.vocab_size, blocks.eot, len(blocks)) == ("bytes", 257, 256, 6)
-    for i, block in enumerate(blocks):
-        assert block.dtype == torch.int64
-        assert block.tolist() == [256, *tokens[i * 30 : (i + 1) * 30], 256]
-    assert len(list(tmp_path.glob("train_*.bin"))) == math.ceil(200 / shard_tokens)
-    header = np.fromfile(tmp_path / "train_000_0000.bin", "<i4", 256)  # as llm.c reads it
-    assert header[:3].tolist() == [20240520, 1, min(200, shard_tokens)]
+    expected = [[256, *tokens[i * 30 : (i + 1) * 30], 256] for i in range(6)]
+    assert [block.tolist() for block in blocks] == expected
+    header = np.fromfile(tmp_path / "train_000.bin", "<i4", 256)  # as llm.c reads it
+    assert header.tolist() == [20240520, 1, min(200, shard_tokens)] + [0] * 253
+    loader = DataLoader(blocks, batch_sampler=[[4, 0], [5]], num_workers=2)
+    assert [batch.tolist() for batch in loader] == [[expected[4], expected[0]], [expected[5]]]
+    tokens.astype("<u2").tofile(tmp_path / "train.bin")  # as nanoGPT writes it
+    blocks = data.Blocks(tmp_path, "train", 32)
+    assert (blocks.tokenizer, blocks.vocab_size, len(blocks)) == ("gpt2", 50257, 6)
+    assert blocks[5].tolist() == [50256, *tokens[150:180], 50256]
 
 
-def test_blocks_work_in_dataloader_workers_and_pickle_small(tmp_path):
-    blocks = data.Blocks(make_folder(tmp_path, np.arange(60000) % 256, 20000), "train", 32)
-    blocks[0]
-    assert len(pickle.dumps(blocks)) < 5000
-    order = data.BatchOrder(len(blocks), 8, 4, seed=0)
-    loaded = list(itertools.islice(DataLoader(blocks, batch_sampler=order, num_workers=2), 6))
-    expected = [torch.stack([blocks[i] for i in batch]) for batch in itertools.islice(order, 6)]
-    assert all(torch.equal(a, b) for a, b in zip(loaded, expected, strict=True))
+def test_damaged_folders_are_refused(tmp_path):
+    make_folder(tmp_path, np.arange(200))
+    shard, meta = tmp_path / "train_001.bin", tmp_path / "meta.json"
+    metas = [dict(vocab_size="257"), dict(tokenizer=["bytes"]), dict(source=[]), dict(source=5)]
+    metas = [json.dumps(META | bad) for bad in metas] + ["", "[]", "\0", "[" * 99999, '{"tokeni']
+    shards = [shard.read_bytes()[:-1], b"\x89PNG" + bytes(3000), b""]
+    for path, damaged in {shard: shards, meta: [bad.encode() for bad in metas]}.items():
+        whole = path.read_bytes()
+        for bad in damaged:
+            path.write_bytes(bad)
+            refused(f"{path.name} is damaged", data.Blocks, tmp_path, "train", 32)
+        path.write_bytes(whole)
+    for path, message in {shard: "is missing: run the same", meta: "no tokens.*data.py"}.items():
+        path.unlink()
+        refused(message, data.Blocks, tmp_path, "train", 32)
 
 
-META = dict(tokenizer="bytes", vocab_size=257, eot=256, source=["test"])
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("train_000_0001.bin", lambda old: old[:-1], "train_000_0001.bin is damaged"),
-        (
-            "train_000_0001.bin",
-            lambda old: b"\x89PNG" + bytes(3000),
-            "train_000_0001.bin is damaged",
-        ),
-        ("train_000_0001.bin", lambda old: b"", "train_000_0001.bin is damaged"),
-        ("train_000_0001.bin", lambda old: None, "lacks train shards of test: run the same"),
-        ("train_000_0002.bin", lambda old: None, "lacks train shards of test: run the same"),
-        ("val_000_0000.bin", lambda old: None, "unfinished: run the same"),
-        *(
-            ("meta.json", lambda old, bad=bad: bad.encode(), "meta.json is damaged")
-            for bad in (
-                '{"tokenizer": ',
-                "[]",
-                "\x00",
-                "[" * 99999,
-                json.dumps(META | dict(vocab_size="257")),
-                json.dumps(META | dict(vocab_size=True)),
-                json.dumps(META | dict(eot=257)),
-                json.dumps(META | dict(tokenizer=["bytes"])),
-                json.dumps(META | dict(source="test")),
-                json.dumps(META | dict(source=[])),
-                json.dumps(META | dict(source=[3])),
-            )
-        ),
-    ],
-)
-def test_damaged_folders_are_refused(tmp_path, name, content, message):
-    make_folder(tmp_path, np.arange(200), 70)
-    new = content((tmp_path / name).read_bytes())
-    (tmp_path / name).unlink()
-    if new is not None:
-        (tmp_path / name).write_bytes(new)
-    refused(message, data.Blocks, tmp_path, "train", 32)
-
-
-def test_blocks_say_what_is_missing(tmp_path):
-    refused("python data.py", data.Blocks, tmp_path, "train", 32)
-    folder = make_folder(tmp_path / "d", np.arange(200), 70)
+def test_blocks_and_shards_refuse_what_does_not_fit(tmp_path):
+    folder = make_folder(tmp_path / "d", np.arange(200))
     refused("50 tokens, too few for one block of 53", data.Blocks, folder, "val", 53)
     assert len(data.Blocks(folder, "val", 52)) == 1
     refused("at least 3", data.Blocks, folder, "val", 2)
-    refused("lacks test shards", data.Blocks, folder, "test", 32)
-    foreign = data.Blocks(make_folder(tmp_path / "e", np.full(100, 999), 70), "train", 32)
-    refused("token 999, but bytes ends at 256", foreign.__getitem__, 0)
-
-
-def test_nanogpt_folders_are_read(tmp_path):
-    tokens = np.random.default_rng(0).integers(0, 50257, 100).astype("<u2")
-    tokens.tofile(tmp_path / "train.bin")
-    blocks = data.Blocks(tmp_path, "train", 12)
-    assert (blocks.tokenizer, blocks.vocab_size, blocks.eot) == ("gpt2", 50257, 50256)
-    assert len(blocks) == 10 and blocks[9].tolist() == [50256, *tokens[90:], 50256]
+    foreign = data.Blocks(make_folder(tmp_path / "e", np.full(100, 999)), "train", 32)
+    refused("token 999, unknown to bytes", foreign.__getitem__, 0)
+    # What `write_shard` asks of an array, with more tokens than an int32 counts, in no memory.
+    many = type("Many", (), dict(__len__=lambda self: 2**31, tobytes=lambda self: b""))()
+    refused("too many.*cut its source", data.write_shard, tmp_path / "x.bin", [many])
+    assert not (tmp_path / "x.bin").exists()
 
 
 def test_toy_shards_hold_one_story_per_block(tmp_path):
     data.make_toy(tmp_path, n_train=300, n_val=40, seed=3)
-    before = contents(tmp_path)
-    data.make_toy(tmp_path, n_train=300, n_val=40, seed=3)
-    assert contents(tmp_path) == before
-    tokenizer, stories = data.get_tokenizer("toy"), []
-    for split in ("train", "val"):
+    tokenizer, stories = data.get_tokenizer("toy"), data.toy_stories(340, seed=3)
+    for split, expected in {"train": stories[:300], "val": stories[300:]}.items():
         blocks = data.Blocks(tmp_path, split, data.TOY_LENGTH + 2)
-        stories.append([data.decode(tokenizer, block) for block in blocks])
-    assert stories == [data.toy_stories(340, 3)[:300], data.toy_stories(340, 3)[300:]]
+        assert [data.decode(tokenizer, block) for block in blocks] == expected
     refused("block_size of 21, not 32", data.Blocks, tmp_path, "train", 32)
-    refused("made with another", data.make_toy, tmp_path, seed=4)
 
 
 def first(order, n):
     return list(itertools.islice(order, n))
 
 
-def test_batch_order_is_a_permutation_per_epoch():
-    batches = first(data.BatchOrder(23, 4, 4, seed=0), 10)  # 5 steps an epoch, 3 blocks left out
-    for epoch in (batches[:5], batches[5:]):
-        seen = [i for batch in epoch for i in batch]
-        assert len(set(seen)) == 20 and set(seen) <= set(range(23))
-    assert batches[:5] != batches[5:]
-    assert batches != first(data.BatchOrder(23, 4, 4, seed=1), 10)
-
-
-@pytest.mark.parametrize("step", [1, 4, 5, 12])
-def test_batch_order_resumes_at_any_step(step):
-    whole = first(data.BatchOrder(23, 4, 2, seed=0), 40)
-    rest = first(data.BatchOrder(23, 4, 2, seed=0, start_step=step), 8)
-    assert rest == whole[2 * step : 2 * step + 8]
+def test_batch_order_is_a_permutation_per_epoch_and_resumes_at_any_step():
+    whole = first(data.BatchOrder(23, 4, 2, seed=0), 40)  # 5 steps an epoch, 3 blocks left out
+    for epoch in (whole[:10], whole[10:20]):
+        assert len(set(sum(epoch, []))) == 20 and set(sum(epoch, [])) <= set(range(23))
+    assert whole[:10] != whole[10:20] and whole != first(data.BatchOrder(23, 4, 2, seed=1), 40)
+    for step in (1, 4, 5, 12):
+        rest = first(data.BatchOrder(23, 4, 2, seed=0, start_step=step), 8)
+        assert rest == whole[2 * step : 2 * step + 8]
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
@@ -1179,69 +1103,35 @@ def test_batch_order_gives_ranks_what_one_process_would_see(world):
     orders = [data.BatchOrder(100, 24, 4, seed=5, rank=r, world=world) for r in range(world)]
     ranks = [first(order, 24 // world) for order in orders]
     assert [batch for together in zip(*ranks, strict=True) for batch in together] == alone
+    for sizes in [(100, 24, 5), (100, 4, 4), (100, 0, 1)]:
+        refused("not a multiple", data.BatchOrder, *sizes, seed=0, world=world)
+    refused("only 3 blocks", data.BatchOrder, 3, 24, 4, seed=0, world=world)
 
 
-@pytest.mark.parametrize("sizes", [(3, 4, 4, 1), (99, 4, 3, 1), (99, 4, 4, 2), (99, 0, 1, 1)])
-def test_batch_order_refuses_sizes_that_do_not_fit(sizes):
-    *sizes, world = sizes
-    refused("only 3 blocks|not a multiple", data.BatchOrder, *sizes, seed=0, world=world)
+FRAMED = {
+    "one\nstill one\n \n\n  two\n\n\n": ["one\nstill one", "two"],
+    "a\n\nb<|endoftext|>c<|endoftext|>\n<|endoftext|>d": ["a\n\nb", "c", "d"],
+}
 
 
-# ---------------------------------------------- documents
-
-
-@pytest.mark.parametrize(
-    "name, content, documents",
-    [
-        ("blank.txt", "one\nstill one\n \n\n  two\n\n\n", ["one\nstill one", "two"]),
-        ("marked.txt", "a\n\nb<|endoftext|>c<|endoftext|>\n<|endoftext|>d", ["a\n\nb", "c", "d"]),
-        (
-            "a.jsonl",
-            '{"text": "a\\n\\nb "}\n\n{"text": ""}\n{"text": "c", "id": 1}\n',
-            ["a\n\nb", "c"],
-        ),
-    ],
-)
-def test_a_text_is_framed_alike_for_training_and_for_evaluation(tmp_path, name, content, documents):
-    path, raw = tmp_path / name, data.get_tokenizer("bytes")
-    path.write_text(content)
-    assert list(data.text_documents(path)) == documents
-    data.prepare_text(tmp_path / "o", [path], tokenizer="bytes", val_docs=1)
-    expected = [token for text in documents for token in [*text.encode(), 256]]
+@pytest.mark.parametrize("content", FRAMED)
+def test_a_text_is_framed_alike_for_training_and_for_evaluation(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    assert list(data.text_documents(tmp_path / "a.txt")) == FRAMED[content]
+    prepare(tmp_path / "o", "text", [tmp_path / "a.txt"], val_docs=1)
+    expected = [token for text in FRAMED[content] for token in [*text.encode(), 256]]
     assert stream(tmp_path / "o", "train") + stream(tmp_path / "o", "val") == expected
-    blocks = data.text_blocks(path, raw, 3)
-    assert blocks[:, 1].tolist() == expected and (blocks[:, [0, 2]] == 256).all()
-    wider = data.text_blocks(path, raw, 5)  # what is left over at the end makes no block
-    assert wider[:, 1:-1].flatten().tolist() == expected[: len(expected) // 3 * 3]
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.txt", b" \n", "0 tokens, too few"),
-        ("a.txt", b"abc", "4 tokens, too few for one block of 8"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
-        ("a.jsonl", b'{"text": "abc"}\n{"text": 3}\n', "line 2"),
-        ("a.jsonl", b'{"text": "abc"}\n\n{"txt": ""}\n', "line 3"),
-        ("a.jsonl", b'{"text": "abc"', "line 1"),
-        ("a.jsonl", b"[1]", "line 1"),
-    ],
-)
-def test_text_blocks_refuse_bad_files(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    refused(message, data.text_blocks, tmp_path / name, data.get_tokenizer("bytes"), 8)
+    blocks = data.text_blocks(tmp_path / "a.txt", data.get_tokenizer("bytes"), 5)
+    whole = len(expected) // 3 * 3  # what is left over at the end makes no block
+    assert blocks[:, 1:-1].flatten().tolist() == expected[:whole]
+    assert (blocks[:, [0, 4]] == 256).all()
 
 
 @pytest.mark.parametrize(
     "name, tokenised, text",
     [
-        (
-            "wikitext",
-            " = = Life = = \n a two @-@ part , 1 @,@ 000",
-            "== Life ==\na two-part, 1,000",
-        ),
-        ("wikitext", 'the " Teddy \'s Story " ( 24 in ) .', 'the "Teddy\'s Story" (24 in).'),
-        ("wikitext", "he didn 't say <unk> ; $ 5", "he didn't say <unk>; $5"),
+        ("wikitext", " = = It = = \n a two @-@ part , 1 @,@ 0", "== It ==\na two-part, 1,0"),
+        ("wikitext", "he didn 't say \" Ted 's \" ( $ 4 ) .", "he didn't say \"Ted's\" ($4)."),
         ("ptb", "it did n't rise N % to $ N in <unk>", "it didn't rise 1% to $1 in ?"),
         ("ptb", "the boys ' game \\/ it 's on", "the boys' game / it's on"),
         ("lm1b", 'He said , " I do n\'t know . "', 'He said, "I don\'t know."'),
@@ -1249,13 +1139,10 @@ def test_text_blocks_refuse_bad_files(tmp_path, name, content, message):
     ],
 )
 def test_detokenizers(tmp_path, name, tokenised, text):
-    assert data.DETOKENIZERS[name](text) == text
-    raw, path = data.get_tokenizer("bytes"), tmp_path / "a.txt"
-    path.write_text(tokenised)
-    assert data.text_blocks(path, raw, 3, name)[:-1, 1].tolist() == [*text.encode()]
-
-
-# ---------------------------------------------- archives
+    for content in (tokenised, text):
+        (tmp_path / "a.txt").write_text(content)
+        blocks = data.text_blocks(tmp_path / "a.txt", data.get_tokenizer("bytes"), 3, name)
+        assert blocks[:-1, 1].tolist() == [*text.encode()]
 
 
 def tar_of(files):
@@ -1290,7 +1177,7 @@ def test_all_openwebtext_layouts_give_the_same_cleaned_documents(tmp_path):
     raw = lzma.decompress(member_xz(texts))
     (tmp_path / "two.xz").write_bytes(lzma.compress(raw[:700]) + lzma.compress(raw[700:]))
     for name in ("a.tar", "a.tar.xz", "two.xz"):
-        documents = list(data.archive_documents(tmp_path / name, []))
+        documents = list(data.archive_documents(tmp_path / name))
         assert documents == ["a\n\nb\n\nc", "é", *(text.decode() for text in texts[3:])]
 
 
@@ -1300,306 +1187,203 @@ def test_damaged_members_are_skipped_and_counted(tmp_path, capsys):
     flipped[len(whole) // 2] ^= 0xFF
     bad = [whole[: len(whole) // 2], bytes(flipped), b"not xz at all" * 99]
     bad += [member_xz([b"\xff\xfe", b"fine"]), b""]
-    path = archive(tmp_path / "a.tar", [good, *bad, good])
-    documents = list(data.archive_documents(path, damaged := []))
-    assert documents[0] == documents[-1] == "good" and "fine" in documents and len(damaged) == 5
-    assert capsys.readouterr().err.count("skipped") == 5
-    out = ["--out", str(tmp_path / "o"), "--tokenizer", "bytes", "--val_docs", "1"]
-    data.main(["openwebtext", str(path), *out])
-    assert "5 damaged pieces were skipped" in capsys.readouterr().out
+    documents = list(data.archive_documents(archive(tmp_path / "a.tar", [good, *bad, good])))
+    assert documents[0] == documents[-1] == "good" and "fine" in documents
+    error = capsys.readouterr().err
+    assert error.count(", skipped") == 5 and "a.tar: 5 damaged pieces" in error
 
 
-SPOILT = {
-    "html": lambda raw: b"<html>404</html>" * 100,
-    "empty": lambda raw: b"",
-    "header": lambda raw: raw.replace(b"openwebtext/m1", b"\xff" * 14),
-    "between members": lambda raw: raw[:2048],
-    "in a member": lambda raw: raw[:1324],
-    "in a header": lambda raw: raw[:2500],
-    "xz cut": lambda raw: lzma.compress(raw)[:-200],
-    "xz zeros": lambda raw: lzma.compress(raw)[:300] + bytes(50) + lzma.compress(raw)[350:],
-}
-
-
-@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
-def test_damaged_archives_are_errors_that_name_them(tmp_path, spoil):
+def test_damaged_archives_are_errors_that_name_them(tmp_path):
     path = archive(tmp_path / "bad.tar", [member_xz(texts_of(9, seed)) for seed in range(3)])
-    path.write_bytes(spoil(path.read_bytes()))
-    refused("bad.tar is damaged", lambda: list(data.archive_documents(path, [])))
+    raw = path.read_bytes()
+    xz = lzma.compress(raw)
+    bad_header = raw.replace(b"openwebtext/m1", b"\xff" * 14)
+    # The cuts are between members, in a member, and in a header.
+    cuts = [b"", raw[:2048], raw[:1324], raw[:2500], xz[:-200]]
+    for bad in (*cuts, bad_header, b"<html>404</html>" * 100, xz[:300] + bytes(50) + xz[350:]):
+        path.write_bytes(bad)
+        refused("bad.tar is damaged", lambda: list(data.archive_documents(path)))
 
 
-@pytest.mark.skipif(not (SHARED / "owt_layout").exists(), reason="no sample archives beside this")
-def test_the_real_archives():
-    path = sorted((SHARED / "owt_layout").glob("*.tar"))[-1]
-    documents = list(data.archive_documents(path, damaged := []))
-    assert len(documents) > 500 and not damaged and all(documents)
-    with tarfile.open(path) as outer:
-        last = outer.extractfile(outer.getnames()[-1])
-        with tarfile.open(fileobj=last, mode="r:xz") as inner:
-            expected = inner.extractfile(inner.getmembers()[-1]).read().decode()
-    assert re.sub(r"\n\n\n+", "\n\n", expected).strip() == documents[-1]
-
-
-# ---------------------------------------------- preparation
-
-
-def test_prepared_shards_hold_the_documents_in_order(tmp_path):
-    texts = texts_of(300)
-    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    paths[0].write_bytes(b"\n\n".join(texts[:200]))
-    paths[1].write_bytes(b"\n\n".join(texts[200:]))
-    data.prepare_text(tmp_path / "o", paths, tokenizer="bytes", shard_tokens=100)
-    tokens = {"train": texts[:290], "val": texts[290:]}  # a tenth of the last file
-    for split, documents in tokens.items():
-        assert stream(tmp_path / "o", split) == [t for text in documents for t in [*text, 256]]
+def test_text8_is_split_by_character(tmp_path):
+    text = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz "), 1000))
+    path, tokenizer = tmp_path / "text8.zip", data.get_tokenizer("text8")
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("text8", text + "\n")
+    prepare(tmp_path / "o", "text8", [path], tokenizer="text8")
+    ids = [stream(tmp_path / "o", split) for split in ("train", "val")]
+    assert [data.decode(tokenizer, part) for part in ids] == [text[:900], text[950:]]
+    whole = path.read_bytes()
+    for bad in (whole[:60] + bytes([whole[60] ^ 255]) + whole[61:], whole[:-30], b"no zip"):
+        path.write_bytes(bad)
+        refused("text8.zip is damaged.*fetch it again", prepare, tmp_path / "p", "text8", [path])
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: no handler of data.py catches it, and nothing is cleaned up after it."""
 
 
-@pytest.mark.parametrize("shard_tokens, val_docs", [(100, 7), (500, 1)])
-def test_killed_at_any_rename_the_second_run_ends_with_the_same_bytes(
-    tmp_path, monkeypatch, shard_tokens, val_docs
-):
-    texts = texts_of(40)
+def test_killed_at_any_rename_the_second_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    texts, real = texts_of(40), os.replace
     members = [member_xz(texts[:15]), member_xz(texts[15:])[:-60], member_xz([b"\xff", *texts])]
     paths = [archive(tmp_path / f"{name}.tar", members) for name in "abc"]
-    options = dict(tokenizer="bytes", val_docs=val_docs, shard_tokens=shard_tokens)
-    data.prepare_openwebtext(tmp_path / "whole", paths, **options)
-    whole, real, renames = contents(tmp_path / "whole"), os.replace, []
+    prepare(tmp_path / "whole", "openwebtext", paths, val_docs=7)
+    for point in range(5):  # meta.json, three files of training tokens and the validation shard
+        out, calls = tmp_path / f"killed{point}", itertools.count()
 
-    def replace(source, target):
-        renames.append(target)
-        if len(renames) > point:
-            raise Killed
-        real(source, target)
+        def replace(source, target, calls=calls, point=point):
+            if next(calls) == point:
+                raise Killed
+            real(source, target)
 
-    points = {0, 1, 2, *range(3, len(whole), len(whole) // 6), len(whole) - 1}
-    for point in sorted(points):  # meta.json and the shards are renamed once each
-        out = tmp_path / f"killed{point}"
-        renames.clear()
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(data.os, "replace", replace)
-            data.prepare_openwebtext(out, paths, **options)
-        refused("unfinished|no tokens", data.Blocks, out, "train", 10)
-        data.prepare_openwebtext(out, paths, **options)
-        assert contents(out) == whole, point
+            prepare(out, "openwebtext", paths, val_docs=7)
+        refused("is missing|no tokens", data.Blocks, out, "val", 10)
+        prepare(out, "openwebtext", paths, val_docs=7)
+        assert contents(out) == contents(tmp_path / "whole"), point
 
 
-def test_a_killed_process_keeps_the_finished_files(tmp_path):
-    paths = [tmp_path / f"{name}.txt" for name in "abc"]
-    for path in paths:
-        path.write_bytes(b"\n\n".join(texts_of(50)))
-    options = dict(tokenizer="bytes", val_docs=5, shard_tokens=300)
-    data.prepare_text(tmp_path / "whole", paths, **options)
+def test_a_killed_process_keeps_the_finished_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts, paths, read = texts_of(3200), ["a.txt", "b.txt", "c.txt"], []
+    for path, part in zip(paths, (texts[:100], texts[100:200], texts[200:]), strict=True):
+        Path(path).write_bytes(b"\n\n".join(part))
+
+    def text_documents(path):
+        read.append(path.name)
+        return data.text_documents(path)
+
     code = f"""
 import os, data
-real = data.text_documents
 def read(path):
-    for n, text in enumerate(real(path)):
-        if path.name == "c.txt" and n == 20:
+    for n, text in enumerate(data.text_documents(path)):
+        if path.name == "c.txt" and n == 2000:
             os.kill(os.getpid(), {int(signal.SIGKILL)})
         yield text
-data.text_documents = read
-data.prepare_text("o", ["a.txt", "b.txt", "c.txt"], **{options})
+data.prepare("o", {paths}, read, "bytes", 300)
 """
     environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
-    died = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    died = subprocess.run([sys.executable, "-c", code], env=environment)
     assert died.returncode == -signal.SIGKILL
-    kept = {name: content for name, content in contents(tmp_path / "o").items() if "_00" in name}
-    assert {name[:9] for name in kept} == {"train_000", "train_001"}
-    read, real = [], data.text_documents
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "text_documents", lambda path: read.append(path) or real(path))
-        data.prepare_text(tmp_path / "o", paths, **options)
-    assert read == paths[2:] and contents(tmp_path / "o") == contents(tmp_path / "whole")
-    # A shard that was lost later is made again by the same command, and nothing else is.
-    (tmp_path / "o" / "train_001_0001.bin").unlink()
-    data.prepare_text(tmp_path / "o", paths, **options)
-    assert contents(tmp_path / "o") == contents(tmp_path / "whole")
+    assert {path.name for path in Path("o").glob("*.bin")} == {"train_000.bin", "train_001.bin"}
+    prepare("o", "text", paths, read=text_documents, val_docs=300)
+    for split, part in {"train": texts[:2900], "val": texts[2900:]}.items():
+        assert stream("o", split) == [token for text in part for token in [*text, 256]]
+    Path("o/train_001.bin").unlink()  # what is lost later is made again, and nothing else
+    prepare("o", "text", paths, read=text_documents, val_docs=300)
+    assert read == ["c.txt", "b.txt"]
 
 
 def test_other_settings_or_sources_are_refused_and_nothing_is_deleted(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.txt").write_text("\n\n".join([name * 9] * 90))
-    out, paths, good = tmp_path / "o", [tmp_path / "a.txt"], dict(tokenizer="bytes", val_docs=5)
+    paths, out = [tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "o"
+    for path in paths:
+        path.write_text("\n\n".join(path.name * 90))
     out.mkdir()
-    (out / "mine.bin.old").write_bytes(b"precious")
     (out / "train_mine.bin.tmp").write_bytes(b"precious")
-    # Before the first shard a mistake can be mended.
-    refused("lower --val_docs", data.prepare_text, out, paths, tokenizer="bytes", val_docs=90)
-    data.prepare_text(out, paths, **good)
+    good = dict(files=paths[:1], val_docs=5)
+    refused("lower --val_docs", prepare, out, "text", **good | dict(val_docs=9999))
+    prepare(out, "text", **good)  # before the first shard a mistake can be mended
     before = contents(out)
-    assert before["mine.bin.old"] == before["train_mine.bin.tmp"] == b"precious"
-    for change in (dict(val_docs=6), dict(shard_tokens=99), dict(tokenizer="gpt2")):
-        refused(f"another {[*change][0]}", data.prepare_text, out, paths, **good | change)
-    refused("another source", data.prepare_text, out, [tmp_path / "b.txt"], **good)
+    assert before["train_mine.bin.tmp"] == b"precious"
+    for change in (dict(val_docs=6), dict(tokenizer="toy"), dict(files=paths)):
+        refused("holds shards of another", prepare, out, "text", **good | change)
+    paths[0].write_text(paths[0].read_text().upper())  # of the same name and size
+    refused("holds shards of another", prepare, out, "text", **good)
     assert contents(out) == before
 
 
-def test_tokenisation_keeps_order_over_many_groups():
-    tokenizer = data.get_tokenizer("bytes")
-    texts = [text.decode() * 900 for text in texts_of(99)]
-    found = list(data.tokenize(iter(texts), tokenizer))
-    assert [tokens.tolist() for tokens in found] == [[*text.encode(), 256] for text in texts]
-
-
-def test_text8_is_split_by_character(tmp_path):
-    text = "".join(np.random.default_rng(0).choice(list(data.TEXT8_CHARACTERS), 1000))
-    with zipfile.ZipFile(tmp_path / "text8.zip", "w") as file:
-        file.writestr("text8", text)
-    (tmp_path / "text8").write_text(text + "\n")
-    for name in ("text8", "text8.zip"):
-        data.prepare_text8(tmp_path / f"{name}-out", [tmp_path / name], shard_tokens=300)
-        ids = [stream(tmp_path / f"{name}-out", split) for split in ("train", "val", "test")]
-        assert [len(split) for split in ids] == [900, 50, 50]
-        assert data.decode(data.get_tokenizer("text8"), sum(ids, [])) == text
-    whole = bytearray((tmp_path / "text8.zip").read_bytes())
-    spoilt, locked = whole.copy(), whole.copy()
-    spoilt[60] ^= 255
-    locked[locked.index(b"PK\x01\x02") + 8] |= 1  # the flag of an encrypted member
-    empty = b"PK\x05\x06" + bytes(18)
-    damaged = {bytes(spoilt): "bad is damaged", empty: "bad is damaged"}
-    reasons = damaged | {b"Hello " * 9: "not text8", bytes(locked): "encrypted"}
-    for bad, message in reasons.items():
-        (tmp_path / "bad").write_bytes(bad)
-        refused(message, data.prepare_text8, tmp_path / "o", [tmp_path / "bad"])
-
-
-# ---------------------------------------------- downloads and command line
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """A folder that urllib and torch.hub take for the network: file:// URLs need no server."""
-    monkeypatch.setattr(data, "OWT_ARCHIVES", ["s0.tar", "s1.tar"])
-    (tmp_path / "web").mkdir()
-    for i in range(2):
-        archive(tmp_path / "web" / f"s{i}.tar", [member_xz(texts_of(20, seed=i))])
-    return tmp_path / "web"
-
-
-def test_openwebtext_downloads_one_archive_at_a_time(tmp_path, web, monkeypatch):
-    options = dict(tokenizer="bytes", val_docs=3, base_url=web.as_uri())
+def test_openwebtext_downloads_one_archive_at_a_time(tmp_path, monkeypatch):
     out, seen, real = tmp_path / "o", [], torch.hub.download_url_to_file
+    paths = [archive(tmp_path / f"s{i}.tar", [member_xz(texts_of(20, i))]) for i in range(2)]
+    prepare(tmp_path / "local", "openwebtext", paths, val_docs=3)
+    urls = [path.as_uri() for path in paths]  # file:// needs no server
 
-    def fetch(url, part, **more):
-        seen.append(sorted(path.name for path in out.iterdir()))
+    def fetch(url, path, **more):
+        seen.append(sorted(path.name for path in out.glob("*.*n")))
         if len(seen) == 2:
             raise ConnectionResetError("reset\nby peer")
+        real(url, path, **more)
         if len(seen) == 3:
-            return Path(part).write_bytes(b"cut short")
-        return real(url, part, **more)
+            os.truncate(path, 1000)  # a lost connection
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    refused("reset.*run again to continue", data.prepare_openwebtext, out, [], **options)
-    (out / "s1.tar.part.12.partial").write_bytes(b"left by a kill")
-    refused("ended at 9 of .*run again", data.prepare_openwebtext, out, [], **options)
-    data.prepare_openwebtext(out, [], **options)
-    assert seen == [["meta.json"]] + [["meta.json", "train_000_0000.bin"]] * 3
-    data.prepare_openwebtext(tmp_path / "kept", [], keep=True, **options)
-    kept = contents(tmp_path / "kept")
-    assert all(kept.pop(name) == (web / name).read_bytes() for name in data.OWT_ARCHIVES)
-    assert kept == contents(out) and len(kept) == 4
-    shutil.rmtree(web)
-    data.prepare_openwebtext(out, [], **options)  # complete: the network is not asked
-    refused("cannot download", data.prepare_openwebtext, tmp_path / "p", [], **options)
-
-
-def error_of(capsys, *argv):
-    with pytest.raises(SystemExit) as stopped:
-        data.main([str(arg) for arg in argv])
-    error = capsys.readouterr().err
-    lines = [line for line in re.split(r"[\r\n]+", error) if line and "documents [" not in line]
-    assert stopped.value.code == 2
-    assert len(lines) == 1 and lines[0].startswith("data.py: error: "), error
-    return lines[0]
+    refused("s1.tar: reset; run again", prepare, out, "openwebtext", urls, val_docs=3)
+    refused("s1.tar is damaged.*delete it", prepare, out, "openwebtext", urls, val_docs=3)
+    (out / "s1.tar").unlink()
+    prepare(out, "openwebtext", urls, val_docs=3)
+    assert seen == [["meta.json"]] + [["meta.json", "train_000.bin"]] * 3
+    prepare(out, "openwebtext", urls, val_docs=3)  # complete: the network is not asked
+    made, local = contents(out), contents(tmp_path / "local")
+    assert len(seen) == 4 and made | {"meta.json": b""} == local | {"meta.json": b""}
 
 
 def test_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, content in {"two": b"one\n\ntwo\n", "empty": b"", "latin": b"caf\xe9\n\nx\n"}.items():
         Path(f"{name}.txt").write_bytes(content)
-    Path("not.tar").write_text("hello" * 999)
     Path("foreign").mkdir()
     Path("foreign/train_000000.bin").write_bytes(b"precious")
-    before, raw = contents("foreign"), ("--tokenizer", "bytes")
-    for argv, message in [
-        (["--val_doc", 3], "--val_doc"),
-        (["two.txt", "--tokenizer", "toy"], "toy"),
-        (["toy", "--val_docs", 3], "--val_docs does not apply to toy"),
-        (["text8", "--tokenizer", "bytes"], "--tokenizer does not apply to text8"),
-        (["toy", "two.txt"], "two.txt"),
-        (["nowhere.txt"], "no such file: nowhere.txt"),
-        (["two.txt", "--val_docs", "many"], "many"),
-        (["two.txt", *raw, "--val_docs", 2], "2 documents, none of them left"),
-        (["two.txt", *raw, "--val_docs", 10**20], "2 documents, none of them left"),
-        (["two.txt", *raw, "--val_docs", 0], "at least 1"),
-        (["two.txt", *raw, "--shard_tokens", 0], "at least 1"),
-        (["two.txt", *raw, "--shard_tokens", 10**30], "below 2^31"),
-        (["empty.txt", *raw], "0 documents"),
-        (["latin.txt", *raw], "latin.txt is not UTF-8"),
-        (["openwebtext", "not.tar", *raw], "not.tar is damaged"),
-        (["text8", "two.txt", "--out", "t8"], "two.txt is not text8"),
-        (["two.txt", *raw, "--out", "foreign"], "another origin"),
-        (["toy", "--out", "foreign"], "another origin"),
-    ]:
-        assert message in error_of(capsys, *argv), argv
-    assert contents("foreign") == before
+    for command, message in {
+        "--val_doc 3": "--val_doc",
+        "toy --val_docs 3": "--out alone can be chosen, not val_docs",
+        "toy two.txt": "--out alone can be chosen, not files",
+        "nowhere.txt": "no such file: nowhere.txt",
+        f"two.txt --tokenizer bytes --val_docs {10**20}": "2 documents, none left",
+        "two.txt --tokenizer bytes --val_docs -1": "at least 0",
+        "two.txt --tokenizer toy": "no word 'one'",
+        "empty.txt --tokenizer bytes": "0 documents",
+        "latin.txt --tokenizer bytes": "latin.txt is not UTF-8",
+        "openwebtext two.txt --tokenizer bytes": "two.txt is damaged",
+        "two.txt --tokenizer bytes --out foreign": "another source",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            data.run("data.py", partial(data.main, command.split()))
+        lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+        error = [line for line in lines if line and not re.search(r"documents? \[|/s\]", line)]
+        assert stopped.value.code == 2 and len(error) == 1, (command, error)
+        assert error[0].startswith("data.py: error: ") and message in error[0], (command, error)
+    assert contents("foreign") == {"train_000000.bin": b"precious"}
 
 
 def test_command_line_makes_data_and_never_makes_it_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    data.main([])
-    out = capsys.readouterr().out
-    assert "train: 380,000 toy tokens" in out and out.endswith("next: python train.py\n")
     Path("mine.txt").write_text("\n\n".join("abcdefghijklmnopqrst"))
-    data.main(["mine.txt", "--tokenizer", "bytes"])
-    assert "next: python train.py --data data/mine --block_size" in capsys.readouterr().out
-    before = {path: path.stat().st_mtime_ns for path in Path("data").rglob("*")}
-    data.main([])
-    data.main(["mine.txt", "--tokenizer", "bytes"])
-    assert before == {path: path.stat().st_mtime_ns for path in Path("data").rglob("*")}
+    made = []
+    for _ in range(2):
+        data.main([])
+        data.main(["mine.txt", "--tokenizer", "bytes"])
+        made.append({path: path.stat().st_mtime_ns for path in Path("data").rglob("*")})
+    assert made[0] == made[1]
+    shown = capsys.readouterr().out
+    assert "380,000 toy tokens to train" in shown and "36 bytes tokens to train" in shown
+    assert "next: python train.py --data data/mine --block_size" in shown
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        OverflowError("int too large"),
-        torch.OutOfMemoryError("CUDA\nout of memory"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-    ],
-)
-def test_too_large_is_one_line_and_a_fault_of_the_program_is_not_hidden(error, capsys):
+def test_too_large_is_one_line_and_a_fault_of_the_program_is_not_hidden(capsys):
     def fail():
         raise error
 
-    with pytest.raises(SystemExit) as stopped:
-        data.run("x.py", fail)
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and message.startswith("x.py: error: out of memory, or")
-    assert message.count("\n") == 1
+    allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    for error in (MemoryError(), allocator, torch.OutOfMemoryError("CUDA\nout of memory")):
+        with pytest.raises(SystemExit, match="2"):
+            data.run("x.py", fail)
+        assert re.fullmatch(r"x.py: error: out of memory, or .*\n", capsys.readouterr().err)
     error = RuntimeError("shapes do not match")
-    with pytest.raises(RuntimeError, match="shapes"):
-        data.run("x.py", fail)
+    pytest.raises(RuntimeError, data.run, "x.py", fail)
 
 
-def test_progress_writes_little_into_a_log(monkeypatch):
-    written = {}
-    for terminal in (True, False):
-        log = io.StringIO()
-        log.isatty = lambda terminal=terminal: terminal
-        monkeypatch.setattr(sys, "stderr", log)
-        bar = data.progress(total=1000)
-        # A clock that advances a second a call, so that no test has to wait.
-        bar._time, bar.last_print_t, bar.start_t = itertools.count().__next__, 0, 0
-        for _ in range(1000):
-            bar.update()
-        bar.close()
-        written[terminal] = len(log.getvalue())
-    assert written[False] < 20_000 and written[True] > 5 * written[False]
+@pytest.mark.parametrize("terminal, low, high", [(True, 50_000, 1e9), (False, 1, 20_000)])
+def test_progress_writes_little_into_a_log(monkeypatch, terminal, low, high):
+    log = io.StringIO()
+    log.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", log)
+    bar = data.progress(total=1000)
+    # A clock that advances a second a call, so that no test has to wait.
+    bar._time, bar.last_print_t, bar.start_t = itertools.count().__next__, 0, 0
+    for _ in range(1000):
+        bar.update()
+    assert low < len(log.getvalue()) < high
 
 
 # ==================================================================================================
@@ -1641,7 +1425,7 @@ def runs(tmp_path_factory):
     with contextlib.chdir(folder):
         Path("text.txt").write_text(TEXT * 20)
         data.make_toy("data/small", n_train=36, n_val=16)  # 4 steps an epoch, 4 blocks over
-        data.prepare_text("data/bytes", ["text.txt"], tokenizer="bytes")
+        prepare("data/bytes", "text", ["text.txt"])
         assert call(f"{FRESH} --out out/toy") == 0
         assert call(f"{FRESH} --out out/bytes --data data/bytes --block_size 32") == 0
     yield folder
@@ -1744,7 +1528,6 @@ MISTAKES = {
     f"{EVAL} --data data/bytes": "holds bytes tokens, out/toy needs toy",
     f"{EVAL} --data empty.txt": "too few for one block of 21",
     f"{EVAL} --data text.txt": "no word 'the'",
-    f"{EVAL} --data bad.jsonl": "line 2",
     f"{EVAL} --data missing.txt": "missing.txt",
     "sample.py --judge gpt2-large": "pip install transformers",
     "sample.py --out out --num 2": "TIKTOKEN_CACHE_DIR",
@@ -1757,7 +1540,6 @@ def test_mistakes_end_in_one_line(here, capsys, monkeypatch, command, words):
         raise OSError("no network")
 
     Path("empty.txt").write_text(" \n")
-    Path("bad.jsonl").write_text(json.dumps(dict(text=STORY)) + "\nnot json\n")
     if "other" in command:
         data.make_toy("data/other", n_train=36, n_val=16, seed=1)
     if "--num 2" in command:
@@ -2240,8 +2022,8 @@ def test_the_table_of_perplexities(here, capsys, monkeypatch):
     # one energy only; a text is evaluated by the run of the preset
     monkeypatch.undo()
     os.chdir(here)
-    Path("my.jsonl").write_text((json.dumps(dict(text=STORY)) + "\n") * 5)
-    rows = evaluated("--data my.jsonl --energy coar --eval_blocks 3")
+    Path("my.txt").write_text((STORY + "\n\n") * 5)
+    rows = evaluated("--data my.txt --energy coar --eval_blocks 3")
     coar = {name for name in bounds | joint if "coAR" in name}
     assert set(rows) == coar | plain - {"language (floor)"}
     assert rows["AR"]["sequences"] == 3
@@ -2256,11 +2038,10 @@ def test_the_table_of_perplexities(here, capsys, monkeypatch):
 def test_text_files_are_framed_as_their_shards(here):
     texts = ["don 't stop @-@ gap , he said . " * 4, "teddy 's\nhat " * 5, "the end . " * 9]
     Path("my.txt").write_text("\n\n \n".join(texts))
-    Path("my.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
     command = "--out out/bytes --energy none --data"
-    plain, lines = evaluated(f"{command} my.txt"), evaluated(f"{command} my.jsonl")
+    plain = evaluated(f"{command} my.txt")
     length = sum(len(text.strip()) + 1 for text in texts)  # each with an end of text
-    assert plain == lines and plain["AR"]["sequences"] == length // 30
+    assert plain["AR"]["sequences"] == length // 30
     for row in plain.values():
         nats = row["nats_per_token"] * 31  # of a block: 30 characters and the end of text
         assert row["bits_per_character"] == pytest.approx(nats / 30 / math.log(2))
@@ -2308,7 +2089,7 @@ def test_readme_commands_run(here, monkeypatch, capsys):
     make_toy, done = data.make_toy, 0
     monkeypatch.setattr(data, "make_toy", lambda out: make_toy(out, n_train=36, n_val=16))
     monkeypatch.setattr(data, "download", small_download)
-    monkeypatch.setattr(data, "OWT_ARCHIVES", ["urlsf_subset00.tar", "urlsf_subset01.tar"])
+    monkeypatch.setitem(data.SOURCES["openwebtext"], "files", data.OWT[:2])
     Path("mytext.txt").write_text(TEXT * 40)
     Path("other.txt").write_text(TEXT * 4)
     for line in "\n".join(code_blocks("bash")).replace("\\\n", " ").split("\n"):
