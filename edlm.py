@@ -49,6 +49,7 @@ import functools
 import hashlib
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
@@ -827,3 +828,95 @@ def make_energy(name: str, models: dict):
     if name == "nce":
         return models["energy"]
     return ARResidual(models["ar"], carry_over=name == "coar")
+
+
+# ------------ 9. Published weights ----------------------------------------------------------------
+
+RENAMED = {"output_layer.": "", "linear": "head", "norm_final": "transformer.norm"}  # in this order
+RENAMED |= {"vocab_embed.embedding": "transformer.embed.weight", "vocab_proj": "join_x0"}
+RENAMED |= {"blocks": "transformer.blocks", "attn_qkv": "qkv", "sigma_map.mlp": "cond"}
+RENAMED |= {"energy_head": "mlp", "mlp.0": "mlp_in", "mlp.2": "mlp_out"}
+
+
+class Inert:  # stands for all that a pickle names but tensors and plain containers
+    __init__ = __setstate__ = lambda self, *args: None
+
+
+def read_published(path) -> dict[str, Tensor]:
+    """A file's tensors, float64, under our names: its EMA's if it has one, of EDLM the energy's."""
+    size = os.path.getsize(path)
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        content = load_file(path)
+    else:
+        if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
+            raise ValueError("its parts claim more bytes than it has")
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        known = {name: Inert for name in names} | {"collections.defaultdict": lambda *factory: {}}
+        with torch.serialization.safe_globals([(known[name], name) for name in known]):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    w = content.get("state_dict", content)
+    w = {name.removeprefix("backbone."): value for name, value in w.items()}
+    w = {name.removeprefix("ebm."): w[name] for name in w if name.startswith("ebm.")} or w
+    if content.get("ema"):  # a list in the order of the parameters, which inv_freq is not
+        names = [name for name in w if name != "rotary_emb.inv_freq"]
+        w |= zip(names, content["ema"]["shadow_params"], strict=True)
+    for name, value in w.items():
+        size -= value.nbytes  # a tensor may repeat its bytes, and two may share them
+        if size < 0 or not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{name} is not made of finite floats, or larger than the file")
+    for theirs, ours in RENAMED.items():
+        w = {name.replace(theirs, ours): value.double() for name, value in w.items()}
+    return w
+
+
+@torch.no_grad()
+def load_reference(path, block_size: int = 1024) -> nn.Module:
+    """A published MDLM, AR or EDLM-NCE network as ours, L = block_size; ValueError for other files.
+
+    What adaptive norms make of noise level 0, the only one they see, goes into norms and outputs.
+    """
+    try:
+        w = read_published(path)
+        c = len(w.get("cond.0.bias", ()))  # numbers that stand for the noise level: AR has none
+        kind = "energy" if "join_x0.bias" in w else "denoiser" if c else "ar"
+        rows, d = w["transformer.embed.weight"].shape
+        head_size = 2 * len(w.pop("rotary_emb.inv_freq", range(32)))
+        n_layer = sum(name.endswith("norm1.weight") for name in w)
+        config = Config(rows - 1, block_size, n_layer, d // head_size, d - d % head_size)
+        w = {name.replace("weight", "bias"): torch.zeros(d) for name in w if "norm" in name} | w
+        with torch.device("meta"):  # names and shapes are checked before memory is taken
+            model = KINDS[kind](config)
+            if kind == "energy":  # linear, mean over positions, linear are one linear
+                w["mlp_in.bias"] += w["mlp_in.weight"] @ w.pop("head.bias")
+                w["mlp_in.weight"] = w["mlp_in.weight"].view(d, d) @ w.pop("head.weight")
+                w["join_xt.weight"], w["join_x0.weight"] = w["join_x0.weight"].chunk(2, dim=1)
+            else:  # without the mask's row, with the unused ones of `Head`
+                added = len(model.head.bias) - config.vocab_size
+                w["head.weight"] = F.pad(w["head.weight"][:-1], (0, 0, 0, added))
+                w["head.bias"] = F.pad(w["head.bias"][:-1], (0, added))
+            if c:
+                model.cond = nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c), nn.SiLU())
+                model.adaLN_modulation = nn.Linear(c, 2 * d)
+                for block in model.transformer.blocks:
+                    block.adaLN_modulation = nn.Linear(c, 6 * d)
+            model.load_state_dict(w, assign=True)
+    except ImportError:
+        raise ValueError(f"to read {path}: pip install safetensors") from None
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} is no published network: {error!r:.150}") from error
+    if c:
+        cond = model.cond((torch.arange(256) < 128).double())  # 128 cosines and 128 sines of 0
+        parts = [(model.transformer.norm, nn.Identity(), model.adaLN_modulation(cond).view(2, d))]
+        for block in model.transformer.blocks:
+            attention, mlp = block.adaLN_modulation(cond).view(2, 3, d)
+            parts += [(block.norm1, block.attn_out, attention), (block.norm2, block.mlp_out, mlp)]
+        for norm, out, (shift, scale, *gate) in parts:
+            norm.weight.mul_(1 + scale)
+            norm.bias.mul_(1 + scale).add_(shift)
+            for parameter in out.parameters():  # [d, ...] or [d]
+                parameter.transpose(0, -1).mul_(*gate)
+    ready = KINDS[kind](config)
+    ready.load_state_dict(model.state_dict(), strict=False)  # all but the layers folded away
+    return ready.eval()
