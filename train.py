@@ -107,6 +107,7 @@ class Settings:
     n: int = option("--eval: draws for each expectation over candidates", 128, 2)
     detokenize: str = option("--eval: undo a corpus' tokens", "", choices=("", *CORPORA))
     json: str = option("--eval: also write the table to this file", "")
+    import_: str = option("make a stage of --out of this published file, tokenizer gpt2", "")
 
     def __post_init__(self):
         for f in fields(self):
@@ -148,10 +149,11 @@ def parse(argv=None) -> Settings:
         form = dict(type=data.numbers if f.type is tuple else f.type, metavar=f.type.__name__)
         form |= dict(choices=f.metadata["choices"]) if f.metadata["choices"] else {}
         form = dict(action="store_true", default=None) if f.type is bool else form
-        parser.add_argument(f"--{f.name}", help=text, **form)
+        parser.add_argument("--" + f.name.rstrip("_"), dest=f.name, help=text, **form)
     given = vars(parser.parse_args(argv))
     given = {name: value for name, value in given.items() if value is not None}
     values = PRESETS[given.pop("preset")]
+    values = PRESETS["owt"] if "import_" in given else values  # whose blocks are the published
     source = given.get("data", values["data"])
     if "eval" in given and Path(source).is_file():
         source = values["data"]  # a text has no run of its own
@@ -599,9 +601,28 @@ def print_table(rows: list[dict]) -> None:
     print(f"{rows[-1]['sequences']:,} sequences, {rows[-1]['tokens']:,} tokens scored\n")
 
 
+def import_weights(s: Settings) -> None:
+    """Published weights as a finished stage of --out; an energy needs its denoiser there first."""
+    model, facts = edlm.load_reference(s.import_, s.block_size), dict(tokenizer="gpt2")
+    check_same(s.import_, asdict(model.config), dict(vocab_size=50257))  # GPT-2's
+    stage = next(name for name in STAGES if type(model) is edlm.KINDS[name])
+    if (path := checkpoint_path(s.out, stage)).exists() and not s.overwrite:
+        raise ValueError(f"{path} exists: --overwrite, or another --out")
+    if stage == "energy":
+        denoiser, content = edlm.load_checkpoint(source := checkpoint_path(s.out, "denoiser"))
+        want = facts | dict(vocab_size=50257, block_size=s.block_size)
+        check_same(source, content | asdict(denoiser.config), want)
+        facts["denoiser"] = edlm.fingerprint(denoiser)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    edlm.save_checkpoint(path, model, **facts)
+    print(f"{s.import_} -> {path}")
+
+
 def main(argv=None) -> None:
     """The command line: `python train.py --help`."""
     s = parse(argv)
+    if s.import_:
+        return import_weights(s)
     if not s.eval:
         return train(s)
     rows = evaluate(s, edlm.pick_device(s.device))
