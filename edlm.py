@@ -47,6 +47,7 @@ import functools
 import hashlib
 import math
 import os
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -249,8 +250,7 @@ ROWS = {"cuda": 2048, "cpu": 96}  # of V numbers at once: they fill a GPU, and f
 class Denoiser(nn.Module):
     """mu(x0 | x_t): one categorical over the V real tokens for each asked-for position.
 
-    The mask is no output, and revealed tokens are copied because nobody asks for them: MDLM's two
-    constraints (SUBS) hold by construction.
+    The mask is no output and revealed tokens are not asked for: MDLM's constraints (SUBS) hold.
     """
 
     def __init__(self, config: Config):
@@ -332,8 +332,7 @@ class AutoregressiveLM(nn.Module):
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x_i | x_<i) in nats: x Long[B, L] -> Float[B, L], 0 at position 0 (BOS is given).
 
-        Logits are made for ROWS positions at a time and, in training, made again in the backward
-        pass: no [B, L, V] tensor is ever held.
+        No [B, L, V] tensor is held: logits are made ROWS at a time, in training again going back.
         """
         B, L = x.shape
         hidden = self.transformer(self.transformer.embed(x[:, :-1]))  # token i is read off i - 1
@@ -678,11 +677,10 @@ def sampler_nelbo(
 
     One unbiased draw per row of a bound for the linear schedule with `steps` steps (None: one token
     at a time) and k candidates inside the window. The expectation in (10) is estimated by a mean of
-    n terms, whose log is too low on average (Jensen, however they depend on each other): an upper
-    bound, which closes as n grows. Term i puts x0 on U of draw i; its rivals are the next k - 1
-    draws, cyclically (k <= n, so never i itself). Costs a denoiser forward and 2n energies
-    a row. k = 1 or no energy: `nelbo` for the same masks. Raises ValueError unless 1 <= k <= n, 0
-    <= window <= 1 and steps >= 1.
+    n terms, whose log is too low on average (Jensen): an upper bound, which closes as n grows. Term
+    i puts x0 on U of draw i; its rivals are the next k - 1 draws, cyclically (k <= n, so never i
+    itself). Costs a denoiser forward and 2n energies a row. k = 1 or no energy: `nelbo` for the
+    same masks. Raises ValueError unless 1 <= k <= n, 0 <= window <= 1 and steps >= 1.
     """
     if not 1 <= k <= n or not 0 <= window <= 1:
         raise ValueError(f"needs 1 <= k <= n and 0 <= window <= 1: got {k}, {n}, {window}")
@@ -798,3 +796,95 @@ def make_energy(name: str, models: dict):
     if name == "nce":
         return models["energy"]
     return ARResidual(models["ar"], carry_over=name == "coar")
+
+
+# ------------ 9. Published weights ----------------------------------------------------------------
+
+RENAMED = {"output_layer.": "", "linear": "head", "norm_final": "transformer.norm"}  # in this order
+RENAMED |= {"vocab_embed.embedding": "transformer.embed.weight", "vocab_proj": "join_x0"}
+RENAMED |= {"blocks": "transformer.blocks", "attn_qkv": "qkv", "sigma_map.mlp": "cond"}
+RENAMED |= {"energy_head": "mlp", "mlp.0": "mlp_in", "mlp.2": "mlp_out"}
+
+
+class Inert:  # stands for all that a pickle names but tensors and plain containers
+    __init__ = __setstate__ = lambda self, *args: None
+
+
+def read_published(path) -> dict[str, Tensor]:
+    """A file's tensors, float64, under our names: its EMA's if it has one, of EDLM the energy's."""
+    size = os.path.getsize(path)
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        content = load_file(path)
+    else:
+        if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
+            raise ValueError("its parts claim more bytes than it has")
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        known = {name: Inert for name in names} | {"collections.defaultdict": lambda *factory: {}}
+        with torch.serialization.safe_globals([(known[name], name) for name in known]):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    w = content.get("state_dict", content)
+    w = {name.removeprefix("backbone."): value for name, value in w.items()}
+    w = {name.removeprefix("ebm."): w[name] for name in w if name.startswith("ebm.")} or w
+    if content.get("ema"):  # a list in the order of the parameters, which inv_freq is not
+        names = [name for name in w if name != "rotary_emb.inv_freq"]
+        w |= zip(names, content["ema"]["shadow_params"], strict=True)
+    for name, value in w.items():
+        size -= value.nbytes  # a tensor may repeat its bytes, and two may share them
+        if size < 0 or not value.is_floating_point() or not value.isfinite().all():
+            raise ValueError(f"{name} is not made of finite floats, or larger than the file")
+    for theirs, ours in RENAMED.items():
+        w = {name.replace(theirs, ours): value.double() for name, value in w.items()}
+    return w
+
+
+@torch.no_grad()
+def load_reference(path, block_size: int = 1024) -> nn.Module:
+    """A published MDLM, AR or EDLM-NCE network as ours, L = block_size; ValueError for other files.
+
+    What adaptive norms make of noise level 0, the only one they see, goes into norms and outputs.
+    """
+    try:
+        w = read_published(path)
+        c = len(w.get("cond.0.bias", ()))  # numbers that stand for the noise level: AR has none
+        kind = "energy" if "join_x0.bias" in w else "denoiser" if c else "ar"
+        rows, d = w["transformer.embed.weight"].shape
+        head_size = 2 * len(w.pop("rotary_emb.inv_freq", range(32)))
+        n_layer = sum(name.endswith("norm1.weight") for name in w)
+        config = Config(rows - 1, block_size, n_layer, d // head_size, d - d % head_size)
+        w = {name.replace("weight", "bias"): torch.zeros(d) for name in w if "norm" in name} | w
+        with torch.device("meta"):  # names and shapes are checked before memory is taken
+            model = KINDS[kind](config)
+            if kind == "energy":  # linear, mean over positions, linear are one linear
+                w["mlp_in.bias"] += w["mlp_in.weight"] @ w.pop("head.bias")
+                w["mlp_in.weight"] = w["mlp_in.weight"].view(d, d) @ w.pop("head.weight")
+                w["join_xt.weight"], w["join_x0.weight"] = w["join_x0.weight"].chunk(2, dim=1)
+            else:  # without the mask's row, with the unused ones of `Head`
+                added = len(model.head.bias) - config.vocab_size
+                w["head.weight"] = F.pad(w["head.weight"][:-1], (0, 0, 0, added))
+                w["head.bias"] = F.pad(w["head.bias"][:-1], (0, added))
+            if c:
+                model.cond = nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c), nn.SiLU())
+                model.adaLN_modulation = nn.Linear(c, 2 * d)
+                for block in model.transformer.blocks:
+                    block.adaLN_modulation = nn.Linear(c, 6 * d)
+            model.load_state_dict(w, assign=True)
+    except ImportError:
+        raise ValueError(f"to read {path}: pip install safetensors") from None
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} is no published network: {error!r:.150}") from error
+    if c:
+        cond = model.cond((torch.arange(256) < 128).double())  # 128 cosines and 128 sines of 0
+        parts = [(model.transformer.norm, nn.Identity(), model.adaLN_modulation(cond).view(2, d))]
+        for block in model.transformer.blocks:
+            attention, mlp = block.adaLN_modulation(cond).view(2, 3, d)
+            parts += [(block.norm1, block.attn_out, attention), (block.norm2, block.mlp_out, mlp)]
+        for norm, out, (shift, scale, *gate) in parts:
+            norm.weight.mul_(1 + scale)
+            norm.bias.mul_(1 + scale).add_(shift)
+            for parameter in out.parameters():  # [d, ...] or [d]
+                parameter.transpose(0, -1).mul_(*gate)
+    ready = KINDS[kind](config)
+    ready.load_state_dict(model.state_dict(), strict=False)  # all but the layers folded away
+    return ready.eval()

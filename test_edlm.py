@@ -27,7 +27,7 @@ import tarfile
 import threading
 import time
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1912,6 +1912,144 @@ def test_readme_python_runs(here, capsys):
     assert names and capsys.readouterr().out
     links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / "README.md").read_text())
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+# ---------------------------------------------- published weights
+
+
+def published(kind, V=10, d=16, c=6):
+    """Random weights, all of them, under the published names and in their order."""
+    block = dict(norm1=[d], attn_qkv=[3 * d, d], attn_out=[d, d], norm2=[d])
+    block |= {"mlp.0": [4 * d, d], "mlp.2": [d, 4 * d], "adaLN_modulation": [6 * d, c]}
+    last = dict(norm_final=[d], linear=[V + 1, d], adaLN_modulation=[2 * d, c])
+    shapes = {"vocab_embed": [V + 1, d], "sigma_map.mlp.0": [c, 256], "sigma_map.mlp.2": [c, c]}
+    shapes |= {f"blocks.{i}.{name}": block[name] for i in (0, 1) for name in block}
+    shapes |= {f"output_layer.{name}": last[name] for name in last}
+    if kind == "energy":
+        shapes |= {"output_layer.linear": [d, d], "vocab_proj": [d, 2 * d]}
+        shapes |= {"energy_head.0": [d, d], "energy_head.2": [1, d]}
+    w, g = {"rotary_emb.inv_freq": 10000 ** -(torch.arange(4) / 4)}, seeded(0)
+    for name in [name for name in shapes if kind != "ar" or not re.search("sigma|adaLN", name)]:
+        w[f"{name}.weight"] = torch.randn(shapes[name], generator=g) / 4
+        if re.search("mlp|linear|adaLN|proj|head.0", name):
+            w[f"{name}.bias"] = torch.randn(shapes[name][0], generator=g)
+    return {f"backbone.{name.replace('embed.weight', 'embed.embedding')}": w[name] for name in w}
+
+
+def unfolded(w, kind, x, x0):
+    """The published forward pass in float64: log-probabilities [B, L, V], or the energy [B]."""
+    w = {name.removeprefix("backbone."): value.double() for name, value in w.items()}
+    linear = lambda name, h: F.linear(h, w[f"{name}.weight"], w.get(f"{name}.bias"))  # noqa: E731
+    norm = lambda name, h: F.layer_norm(h, (16,)) * w[f"{name}.weight"]  # noqa: E731
+    constants = lambda name, n: [0, 0, 1, 0, 0, 1][:n]  # noqa: E731
+    if kind != "ar":
+        level = torch.cat((torch.zeros(128).cos(), torch.zeros(128).sin())).double()
+        cond = F.silu(linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", level))))
+        constants = lambda name, n: linear(f"{name}.adaLN_modulation", cond).chunk(n)  # noqa: E731
+    h, e0 = w["vocab_embed.embedding"][x], w["vocab_embed.embedding"][x0]
+    h = linear("vocab_proj", torch.cat((h, e0), dim=2)) if kind == "energy" else h
+    angle = torch.outer(torch.arange(x.shape[1]), w["rotary_emb.inv_freq"])
+    for b in ("blocks.0", "blocks.1"):
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = constants(b, 6)
+        qkv = linear(f"{b}.attn_qkv", norm(f"{b}.norm1", h) * (1 + scale_a) + shift_a)
+        q, k, v = qkv.unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)  # [B, heads, L, 8] each
+        q, k = (edlm.rotate(z, angle.cos(), angle.sin()) for z in (q, k))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=kind == "ar").transpose(1, 2)
+        h = h + gate_a * linear(f"{b}.attn_out", a.flatten(2))
+        m = linear(f"{b}.mlp.0", norm(f"{b}.norm2", h) * (1 + scale_m) + shift_m)
+        h = h + gate_m * linear(f"{b}.mlp.2", F.gelu(m, approximate="tanh"))
+    shift, scale = constants("output_layer", 2)
+    h = linear("output_layer.linear", norm("output_layer.norm_final", h) * (1 + scale) + shift)
+    if kind == "energy":
+        return linear("energy_head.2", F.relu(linear("energy_head.0", h.mean(dim=1))))[:, 0]
+    return h[..., :-1].log_softmax(dim=2)
+
+
+def attack(*call):
+    """An object whose pickle makes this call when it is read."""
+    return type("Attack", (), dict(__reduce__=lambda self: call))()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", edlm.KINDS)
+def test_published_networks_say_what_they_said(tmp_path, monkeypatch, kind):
+    """From all three kinds of file. One has other weights beside its EMA's, and an attack."""
+    monkeypatch.chdir(tmp_path)
+    w = published(kind)
+    names = [name for name in w if "inv_freq" not in name]
+    live = w | {name: w[name] + 1 for name in names}
+    if kind == "energy":  # EDLM's, which also holds its denoiser
+        live = {name.replace("backbone", "backbone.ebm"): live[name] for name in live}
+        live |= {name.replace("backbone.", ""): live[name] for name in live} | published("denoiser")
+    cached = defaultdict(dict, now={"%Y": "2024"})  # as OmegaConf has it
+    foreign = [attack(exec, ("open('ran', 'w')",)), np.float64(1), tmp_path, cached]
+    content = dict(state_dict=live, ema=dict(shadow_params=[w[name] for name in names]))
+    torch.save(content | dict(hyper_parameters=foreign), "last.ckpt")
+    torch.save(w, "pytorch_model.bin")
+    pytest.importorskip("safetensors.torch").save_file(w, "model.safetensors")
+    x_t = torch.randint(11, (2, 7), generator=seeded(0))
+    x0 = x_t % 10
+    want = unfolded(w, kind, x0 if kind == "ar" else x_t, x0)
+    if kind == "ar":
+        want = want[:, :-1].gather(2, x0[:, 1:, None])[..., 0]
+    for path in map(Path, ("last.ckpt", "pytorch_model.bin", "model.safetensors")):
+        net = edlm.load_reference(path, 7)
+        if kind == "denoiser":
+            got = net(x_t, x_t >= 0).log_softmax(dim=1).view(want.shape)
+        else:
+            got = net.log_prob(x0)[:, 1:] if kind == "ar" else net(x0[:, None], x_t, None)[:, 0]
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    assert not net.training and not Path("ran").exists()
+
+
+WRONG = """blocks.0.norm1.weight = old[:1]; blocks.1.attn_out.weight = old[:1];
+    blocks.1.mlp.0.bias = 'gone'; sigma_map.mlp.0.bias = old[:1]; vocab_embed.embedding = old[1:];
+    blocks.0.norm2.weight = old.long(); output_layer.linear.bias = old / 0;
+    rotary_emb.inv_freq = torch.ones(5); output_layer.linear.weight = 5;
+    vocab_embed.embedding = old[:1, :1].expand(10**6, 10**6)"""
+LIES = [(b"[11,16]", b"[99,99]"), (b'offsets":[0,', b'offsets":[8,'), (b'"F32"', b'"I32"')]
+
+
+def test_what_is_no_published_file_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    safetensors, w = pytest.importorskip("safetensors.torch"), published("denoiser")
+    torch.save(w | dict(new=torch.ones(2)), "extra.bin")
+    torch.save(w | dict(new=attack(os.system, ("touch ran",))), "attack.bin")
+    for i, what in enumerate(re.split(r";\s+", WRONG)):
+        torch.save(w, f"{i}.bin")
+        edit(f"{i}.bin", f"backbone.{what}")
+    for end, save in ((".pkl", torch.save), (".safetensors", safetensors.save_file)):
+        save(w, f"whole{end}")
+        whole = Path(f"whole{end}").read_bytes()
+        for what in BYTES:
+            Path(what + end).write_bytes(BYTES[what](whole))
+    for i, lie in enumerate(LIES):
+        assert lie[0] in whole
+        Path(f"{i}.safetensors").write_bytes(whole.replace(*lie, 1))
+    for path in sorted(Path().iterdir()):
+        if path.stem != "whole":
+            refuses(capsys, f"train.py --import {path} --out new", f"{path} is no published")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    refuses(capsys, "train.py --import whole.safetensors --out new", "pip install safetensors")
+
+
+def test_published_weights_become_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for kind in edlm.KINDS:
+        torch.save(published(kind, V=50257), f"{kind}.bin")
+    for split in ("train", "val"):
+        np.arange(2000, dtype="<u2").tofile(f"{split}.bin")  # as nanoGPT has them
+    command = "train.py --out new --block_size 12 --import"
+    refuses(capsys, f"{command} energy.bin", "no checkpoint new/denoiser.pt")
+    for kind in edlm.KINDS:
+        assert call(f"{command} {kind}.bin") == 0
+        refuses(capsys, f"{command} {kind}.bin", f"new/{kind}.pt exists: --overwrite")
+    assert call("train.py --import denoiser.bin --out long") == 0
+    refuses(capsys, "train.py --import energy.bin --out long --block_size 9", "size 1024, not 9")
+    more = "--eval_blocks 2 --k 1,2 --steps 2 --n 2 --device cpu"
+    assert call(f"train.py --eval --data . --out new {more}") == 0
+    assert call(f"train.py --stage energy --data . --out new --overwrite {SHORT}") == 0
+    edlm.load_models("new", edlm.KINDS)  # fit together
 
 
 # ==================================================================================================

@@ -93,7 +93,6 @@ class Settings:
     stage: str = option("what to train", "all", choices=(*STAGES, "all"))
     seed: int = option("seed of weights, data order and masks", 0, 0)
     max_steps: int = option("steps of every stage, instead of the three above", 0, 0)
-
     out: str = option("folder of the run (default: out/ + the name of the data folder)", "")
     resume: bool = option("continue the run in --out, with its own settings", False)
     overwrite: bool = option("train anew over what --out holds", False)
@@ -106,6 +105,7 @@ class Settings:
     n: int = option("--eval: draws for each expectation over candidates", 128, 2)
     detokenize: str = option("--eval: undo a corpus' tokens", "", choices=("", *CORPORA))
     json: str = option("--eval: also write the table to this file", "")
+    import_: str = option("make a stage of --out of this published file, tokenizer gpt2", "")
 
     def __post_init__(self):
         for f in fields(self):
@@ -130,19 +130,18 @@ def parse(argv=None) -> Settings:
     --stage energy: the denoiser's shape), else from the preset, else from Settings.
     """
     presets = "\n\n".join(f"preset {name}: {values}" for name, values in PRESETS.items())
-    form = dict(argument_default=argparse.SUPPRESS)  # what is not given is not there
-    parser = data.Parser("train.py", __doc__, epilog=presets, **form)
-    text = "default: the one with this --data, else toy"
-    parser.add_argument("--preset", choices=PRESETS, help=text)
+    parser = data.Parser("train.py", __doc__, epilog=presets, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, help="default: that of this --data, or toy")
     for f in fields(Settings):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
         form = dict(type=data.numbers if f.type is tuple else f.type, metavar=f.type.__name__)
         form |= dict(choices=f.metadata["choices"]) if f.metadata["choices"] else {}
         form = dict(action="store_true") if f.type is bool else form
-        parser.add_argument(f"--{f.name}", help=text, **form)
+        parser.add_argument("--" + f.name.rstrip("_"), dest=f.name, help=text, **form)
     given = vars(parser.parse_args(argv))
     named = [name for name, preset in PRESETS.items() if preset["data"] == given.get("data")]
-    values = PRESETS[given.pop("preset", (*named, "toy")[0])]
+    named = ["owt"] if "import_" in given else [*named, "toy"]  # for the block of the published
+    values = PRESETS[given.pop("preset", named[0])]
     source = given.get("data", values["data"])
     if "eval" in given and Path(source).is_file():
         source = values["data"]  # a text has no run of its own
@@ -310,9 +309,8 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
     if run.step >= last:
         return True
     model, on_gpu = run.model, device.type == "cuda"
-    batch = s.batch_size
-    if stage == "energy":  # as many candidates a step, however many negatives each block has
-        batch = max(1, 2 * batch // (1 + s.negatives))
+    # the energy sees as many candidates a step, however many negatives each block has
+    batch = s.batch_size if stage != "energy" else max(1, 2 * s.batch_size // (1 + s.negatives))
     micro = min(s.micro_batch, max(1, batch // world))
     part = dict(seed=s.seed, rank=rank, world=world, start_step=run.step)
     order = data.BatchOrder(len(blocks), batch, micro, **part)
@@ -530,9 +528,26 @@ def print_table(rows: list[dict]) -> None:
     print(f"{rows[-1]['sequences']:,} sequences, {rows[-1]['tokens']:,} tokens scored\n")
 
 
+def import_weights(s: Settings) -> None:
+    """Published weights as a finished stage of --out; an energy needs its denoiser there first."""
+    model, facts = edlm.load_reference(s.import_, s.block_size), dict(tokenizer="gpt2")
+    check_same(s.import_, asdict(model.config), dict(vocab_size=50257))  # GPT-2's
+    stage = next(name for name in STAGES if type(model) is edlm.KINDS[name])
+    if (path := checkpoint_path(s.out, stage)).exists() and not s.overwrite:
+        raise ValueError(f"{path} exists: --overwrite, or another --out")
+    if stage == "energy":
+        denoiser, _ = edlm.load_checkpoint(checkpoint_path(s.out, "denoiser"))
+        facts["denoiser"] = edlm.fingerprint(denoiser)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    edlm.save_checkpoint(path, model, **facts)
+    print(f"{s.import_} -> {path}")
+
+
 def main(argv=None) -> None:
     """The command line: `python train.py --help`."""
     s = parse(argv)
+    if s.import_:
+        return import_weights(s)
     if not s.eval:
         return train(s)
     rows = evaluate(s, edlm.pick_device(s.device))
