@@ -24,7 +24,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from collections import Counter, defaultdict
@@ -1190,26 +1189,25 @@ def test_progress_writes_little_into_a_log(monkeypatch, terminal, low, high):
 # ==================================================================================================
 
 ROOT = Path(__file__).parent
-SHORT = "--batch_size 8 --max_steps 6 --warmup_steps 2 --eval_blocks 16 --k 2,3 "
-SHORT += "--log_every 1 --save_every 2 --n 8 --steps 2,4 --device cpu"
+SHORT = "--batch_size 8 --max_steps 6 --warmup_steps 2 --eval_blocks 16 --device cpu "
+SHORT += "--log_every 1 --save_every 2"
 SMALL = f"{SHORT} --n_layer 1 --n_embd 16 --n_head 2 --dropout 0.1"
 FRESH = f"train.py --data data/small --out new {SMALL}"
 AGAIN = f"{FRESH} --out out/toy --overwrite"
 RESUME = "train.py --resume --out out/toy"
+LONGER = f"{RESUME} --max_steps 8"
 EVAL = "train.py --eval --out out/toy --data data/small"
+TABLE = "train.py --eval --device cpu --n 8 --k 1,2 --steps 2,4"
+WATCH = "sample.py --out out/bytes --energy none --steps 100 --num 2 --watch"
 STORY = next(iter(data.toy_language()))
-WORDS = STORY.split(" ")
 TEXT = "the cat sat on the mat, and the dog sat on the log. it was warm; nobody moved.\n\n"
 
 
-# ---------------------------------------------- what the tests share
-
-
-def call(command, *more):
+def call(command):
     """Exit code of a command line that starts with the name of a script."""
-    script, *argv = [*shlex.split(command), *map(str, more)]
+    script, *argv = shlex.split(command)
+    main = {"train.py": train.main, "sample.py": sample.main, "data.py": data.main}[script]
     try:
-        main = {"train.py": train.main, "sample.py": sample.main, "data.py": data.main}[script]
         data.run(script, partial(main, argv))
     except SystemExit as stop:
         return stop.code or 0
@@ -1218,184 +1216,126 @@ def call(command, *more):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """A folder with data/small (toy), data/bytes, and all three stages of each in out/."""
-    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A folder with small data, and all three stages of a toy and of a byte model in out/."""
+    folder = tmp_path_factory.mktemp("runs")
     with contextlib.chdir(folder):
         Path("text.txt").write_text(TEXT * 20)
         data.make_toy("data/small", n_train=36, n_val=16)  # 4 steps an epoch, 4 blocks over
+        data.make_toy("data/other", n_train=36, n_val=16, seed=1)
         prepare("data/bytes", "text", ["text.txt"])
         assert call(f"{FRESH} --out out/toy") == 0
         assert call(f"{FRESH} --out out/bytes --data data/bytes --block_size 32") == 0
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 @pytest.fixture
 def here(tmp_path, runs, monkeypatch):
-    """A working folder with a copy of `runs`, on a machine without a GPU."""
+    """A working folder with a copy of `runs`, on a machine without GPU and without transformers."""
     shutil.copytree(runs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return tmp_path
+    monkeypatch.setitem(sys.modules, "transformers", None)
 
 
-def saved(path):
-    return torch.load(path, weights_only=True)
+def snapshot():
+    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
 
 
-def rows_of(out, stage):
+def saved(out, stage):
+    """All that a stage wrote, but for how it was called and the speeds in its log."""
+    content = torch.load(f"{out}/{stage}.pt", weights_only=True)
+    del content["training"]["settings"], content["training"]["log_bytes"]
     rows = map(json.loads, Path(out, f"{stage}.jsonl").read_text().splitlines())
-    return [{k: row[k] for k in row if k != "tokens_per_second"} for row in rows]
-
-
-def assert_same(a, b, at="checkpoint"):
-    """Bit-identical, but for the settings (how it was called) and the digits of the speed."""
-    assert type(a) is type(b), at
-    if isinstance(a, dict | list | tuple):
-        assert len(a) == len(b), at
-        for key in a if isinstance(a, dict) else range(len(a)):
-            if key not in ("settings", "log_bytes"):
-                assert_same(a[key], b[key], f"{at}/{key}")
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, at
-
-
-def assert_same_stage(a, b, stage):
-    assert rows_of(a, stage) == rows_of(b, stage)
-    assert_same(saved(f"{a}/{stage}.pt"), saved(f"{b}/{stage}.pt"))
-
-
-# ---------------------------------------------- mistakes
+    content["log"] = [{k: row[k] for k in row if k != "tokens_per_second"} for row in rows]
+    return content
 
 
 def refuses(capsys, command, words):
     """One plain line on stderr that has the words, exit code 2, nothing changed on disk."""
-    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    before = snapshot()
     capsys.readouterr()
     code, error = call(command), capsys.readouterr().err.split("\r")[-1]  # after a progress bar
-    lines = error.split("\n")
-    lines = [line for line in lines if line and "%|" not in line and "step/s" not in line]
+    lines = [line for line in error.split("\n") if line and "%|" not in line]
     assert code == 2 and len(lines) == 1 and len(error) < 400, (code, error)
     assert lines[0].startswith(command.split()[0] + ": error: ") and re.search(words, error), error
-    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert before == snapshot()
 
 
-# of these the message names the first flag
-FLAGS = {
-    "sample.py": """--stepz 4; --k 0; --steps four; --steps ''; --steps 4,; --num 2,3; --num 0;
-        --steps 99999999999999999999999; --batch -1; --window 1.5; --window nan; --seed ten;
-        --seed 99999999999999999999; --device banana; --device cuda; --energy best;
-        --watch --model ar; --energy nce --model ar; --infill ___ --model ar; --k 4 --model ar;
-        --window 0 --model ar; --watch --compare; --k 8 --energy none; --window 0 --energy none;
-        --infill ___ --prompt ben; --infill ''; --n 4""",
-    FRESH: """--stepz 4; --stage ar,energy; --n_layer 1.5; --n_layer 0; --batch_size 0; --lr nan;
-        --max_steps -1; --dropout 1.5; --lr inf; --lr -1; --ema 1; --nce both; --negatives 0;
-        --seed 99999999999999999999999; --device cuda; --device banana; --preset imagenet;
-        --resume --overwrite --out out/toy; --energy best; --k 0; --n 1; --optimizer sgd""",
-    AGAIN: """--dropout 0.3 --stage energy; --n_layer 2 --stage energy; --block_size 22;
-        --micro_batch 3; --n_head 3""",
-}
-FLAGS = [
-    (f"{script} {flag.strip()}", flag) for script in FLAGS for flag in FLAGS[script].split(";")
-]
-MISTAKES = {
-    "sample.py --json nowhere/figures.json": "cannot write nowhere/figures.json",
-    f"{EVAL} --json out": "cannot write out",
-    "sample.py --prompt xyzzy": "no word 'xyzzy'",
-    f"sample.py --infill '{STORY}'": "no gap",
-    "sample.py --infill '___*20'": "exceeds the 19 tokens",
-    "sample.py --infill '___*99999999999'": "exceeds the 19 tokens",
-    "sample.py --infill '___*99999999999999999999999999'": "exceeds the 19 tokens",
-    f"sample.py --prompt '{'ben' + ' has' * 19}'": "prompt has 20 tokens, 19 fit",
+MISTAKES = {  # what follows which start of a command, and the message, if not the first flag's name
+    ("sample.py", ""): """--stepz 4; --k 0; --steps four; --steps ''; --steps 4,; --num 2,3;
+        --batch -1; --steps 99999999999999999999999; --window 1.5; --window nan; --device cuda;
+        --seed 99999999999999999999; --energy best; --watch --model ar; --k 4 --model ar;
+        --watch --compare; --window 0 --energy none; --infill ___ --prompt ben; --judge gpt2""",
+    (FRESH, ""): """--stepz 4; --stage ar,energy; --n_layer 1.5; --n_layer 0; --lr nan; --lr inf;
+        --lr -1; --ema 1; --dropout 1.5; --seed 99999999999999999999999; --device cuda;
+        --preset imagenet; --resume --overwrite --out out/toy; --n 1""",
+    (AGAIN, ""): """--dropout 0.3 --stage energy; --n_layer 2 --stage energy; --block_size 22;
+        --micro_batch 3""",
+    (AGAIN, "n_embd must be a multiple"): "--n_head 3",
+    (EVAL, ""): "--k 0; --n 1",
+    (EVAL, "needs 1 <= k <= n"): "--n 4 --k 8",
+    ("sample.py", "cannot write nowhere/figures.json"): "--json nowhere/figures.json",
+    (EVAL, "cannot write out"): "--json out",
+    ("sample.py", "prompt has 20 tokens, 19 fit"): f"--prompt 'ben{' has' * 19}'",
+    ("sample.py", "no gap"): f"--infill '{STORY}'",
+    ("sample.py", "exceeds the 19 tokens"): "--infill ___*99999999999999999999999999",
     # these ask for terabytes, which fails at once
-    "sample.py --energy nce --k 2000000000": "out of memory",
-    f"{EVAL} --n 999999999": "out of memory",
-    f"{AGAIN} --n_embd 2000000000": "out of memory",
-    f"{EVAL} --n 4 --k 8": "--n 4 must be at least the largest --k, 8",
-    "sample.py --out new": "no checkpoint new/denoiser.pt: run python train.py",
-    "sample.py --out new --model ar": "no checkpoint new/ar.pt: run python train.py",
-    "train.py --eval --out new": "no checkpoint in new: run python train.py",
-    "train.py --resume --out new": "no checkpoint in new: run python train.py",
-    f"{FRESH} --stage energy": "no checkpoint new/denoiser.pt: run python train.py",
-    f"{FRESH} --data nothing": "no tokens in nothing: run `python data.py`",
-    f"{FRESH} --out text.txt": "text.txt",
-    f"{FRESH} --out out/toy": "denoiser.pt exists: --resume, --overwrite, or another --out",
-    f"{FRESH} --out out/toy --stage ar": "ar.pt exists",
-    f"{RESUME} --data data/bytes --block_size 32 --max_steps 8": "made with|was made",
-    f"{RESUME} --data data/other --max_steps 8": "made with corpus",
-    f"{EVAL} --data data/bytes": "holds bytes tokens, out/toy needs toy",
-    f"{EVAL} --data empty.txt": "too few for one block of 21",
-    f"{EVAL} --data text.txt": "no word 'the'",
-    f"{EVAL} --data missing.txt": "missing.txt",
-    "sample.py --judge gpt2-large": "pip install transformers",
-    "sample.py --out out --num 2": "TIKTOKEN_CACHE_DIR",
+    ("", "out of memory"): f"""sample.py --energy nce --k 2000000000; {EVAL} --n 999999999;
+        {AGAIN} --n_embd 2000000000""",
+    ("", "no checkpoint (in )?new.*: run python train.py"): f"""sample.py --out new;
+        train.py --resume --out new; {FRESH} --stage energy""",
+    (FRESH, "ar.pt exists: --resume, --overwrite, or another --out"): "--out out/toy --stage ar",
+    (FRESH, "text.txt"): "--out text.txt",
+    (FRESH, "no tokens in nothing: run `python data.py`"): "--data nothing",
+    (LONGER, "made with corpus"): "--data data/other",
+    (EVAL, "holds bytes tokens, out/toy needs toy"): "--data data/bytes",
+    (EVAL, "no word 'the'"): "--data text.txt",
+}
+MISTAKES = {
+    f"{start} {rest}".strip(): words or rest.split()[0].strip("-")
+    for (start, words), text in MISTAKES.items()
+    for rest in re.split(r";\s+", text)
 }
 
 
-@pytest.mark.parametrize("command, words", [*FLAGS, *MISTAKES.items()], ids=str)
-def test_mistakes_end_in_one_line(here, capsys, monkeypatch, command, words):
-    def unreachable(name):
-        raise OSError("no network")
-
-    Path("empty.txt").write_text(" \n")
-    if "other" in command:
-        data.make_toy("data/other", n_train=36, n_val=16, seed=1)
-    if "--num 2" in command:
-        tiny = edlm.Denoiser(edlm.Config(50257, 8, 1, 1, 2))
-        edlm.save_checkpoint("out/denoiser.pt", tiny, tokenizer="gpt2")
-        monkeypatch.setattr(data.tiktoken, "get_encoding", unreachable)
-        data.get_tokenizer.cache_clear()
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    names_flag = (command, words) in FLAGS
-    refuses(capsys, command, words.split()[0].lstrip("-") if names_flag else words)
+@pytest.mark.parametrize("command", MISTAKES)
+def test_mistakes_end_in_one_line(here, capsys, command):
+    refuses(capsys, command, MISTAKES[command])
 
 
 def edit(path, change):
-    """Applies 'a.b = value' (or 'a.b = gone', or '= multiply 2') to the content of a checkpoint."""
-    content = inner = saved(path)
-    keys, value = change.split(" = ")
-    *keys, last = [int(key) if key.isdigit() else key for key in keys.split("/")]
-    for key in keys:
-        inner = inner[key]
-    inner[last] = eval(value, dict(torch=torch, old=inner[last]))
-    if inner[last] == "gone":
-        del inner[last]
+    """Runs a statement on the `path` of a file, or on the content `c` of a checkpoint."""
+    if "path" in change:
+        return exec(change, dict(path=path, os=os))
+    content = torch.load(path, weights_only=True)
+    exec(change, dict(c=content, t=content["training"], torch=torch))
     torch.save(content, path)
 
 
-BYTES = {
-    "cut": lambda b: b[: len(b) // 2],
-    "empty": lambda b: b"",
-    "foreign": lambda b: b"not a checkpoint",
-    "flipped": lambda b: b[:2000] + bytes(500) + b[2500:],
+TRAIN = (FRESH, AGAIN, LONGER)
+USE = ("sample.py --energy none", f"{FRESH} --stage energy --out out/toy", LONGER)
+DAMAGE = {  # the commands that refuse which file after what
+    (TRAIN, "data/small/train_000.bin"): "os.truncate(path, 500); path.unlink()",
+    (TRAIN, "data/small/meta.json"): """path.write_text("[]"); path.write_text('{"source": 5}')""",
+    (USE, "out/toy/denoiser.pt"): """path.write_bytes(b"foreign"); path.write_bytes(b"");
+        path.write_bytes(bytes(500) + path.read_bytes()[500:]); os.truncate(path, 5000);
+        c["weights"]["head.weight"][0] = torch.nan; c["config"] = [1, 2]; c["tokenizer"] = 5;
+        c["config"]["n_layer"] = "1"; c["config"]["n_embd"] = 32; c["kind"] = "g"; del c["kind"]""",
+    ((LONGER,), "out/toy/denoiser.pt"): """del t["step"]; t["step"] = "four"; del t["model"];
+        t["optimizers"].pop(); del c["training"]; c["training"] = [1, 2]; c["tokenizer"] = "text8";
+        t["settings"] = 5; t["settings"]["lr"] = "fast"; t["log_bytes"] = None;
+        t["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(3);
+        del t["optimizers"][0]["state"][0]["exp_avg_sq"];
+        t["optimizers"][1]["state"][0]["momentum_buffer"] = torch.zeros(3)""",
 }
-DAMAGE = """weights/head.weight = old * float('nan'); config = 'gone'; config/n_layer = '1';
-    kind = 'g';
-    config/dropout = None; config = [1, 2]; config/n_embd = 32; tokenizer = 5;
-    tokenizer = 'text8'"""
-DAMAGE_TO_RESUME = """training/step = 'gone'; training/step = 'four'; training/optimizers = 'gone';
-    training/optimizers = old[:1]; training/model = 'gone'; training = [1, 2]; training = 'gone';
-    training/settings = 5; training/settings/lr = 'fast'; training/log_bytes = None;
-    training/optimizers/0/state/0/exp_avg = torch.zeros(3);
-    training/optimizers/0/state/0/exp_avg_sq = 'gone';
-    training/optimizers/1/state/0/momentum_buffer = torch.zeros(3)"""
-DAMAGE, DAMAGE_TO_RESUME = (re.split(r";\s+", text) for text in (DAMAGE, DAMAGE_TO_RESUME))
+DAMAGE = [(change, *where) for where, text in DAMAGE.items() for change in re.split(r";\s+", text)]
 
 
-@pytest.mark.parametrize("what", [*BYTES, *DAMAGE, *DAMAGE_TO_RESUME])
-def test_damaged_checkpoints_are_refused(here, capsys, what):
-    path, words = Path("out/toy/denoiser.pt"), "out/toy/denoiser.pt|--lr must be|denoiser.pt is for"
-    for stage in ("ar", "energy"):
-        Path(f"out/toy/{stage}.pt").unlink()
-    if what in BYTES:
-        path.write_bytes(BYTES[what](path.read_bytes()))
-    else:
-        edit(path, what)
-    if what not in DAMAGE_TO_RESUME and "text8" not in what:
-        refuses(capsys, "sample.py --energy none", words)
-        refuses(capsys, f"{FRESH} --stage energy --out out/toy", words)
-    refuses(capsys, f"{RESUME} --max_steps 8", words)
+@pytest.mark.parametrize("change, commands, path", DAMAGE, ids=str)
+def test_damaged_files_are_refused(here, capsys, change, commands, path):
+    edit(Path(path), change)
+    for command in commands:
+        refuses(capsys, command, f"{Path(path).parent}|--lr must be")
 
 
 def test_checkpoints_that_do_not_belong_together_are_refused(here, capsys):
@@ -1405,450 +1345,342 @@ def test_checkpoints_that_do_not_belong_together_are_refused(here, capsys):
     refuses(capsys, "sample.py --model ar", "ar.pt is an? denoiser")
     Path("out/toy/ar.pt").unlink()
     refuses(capsys, "sample.py --energy coar", "no checkpoint out/toy/ar.pt: run python train.py")
-    refuses(capsys, f"{EVAL} --energy coar", "no checkpoint out/toy/ar.pt: run python train.py")
     assert call(f"{AGAIN} --stage denoiser --seed 1") == 0
-    for command in ("sample.py --energy nce", EVAL, f"{RESUME} --stage energy --max_steps 8"):
+    for command in ("sample.py --energy nce", EVAL, f"{LONGER} --stage energy"):
         refuses(capsys, command, "energy.pt (was made with|corrects another) denoiser.*--overwrite")
 
 
-@pytest.mark.parametrize("damage", ["cut", "lost", "unfinished", "[1, 2]", '{"source": 5}'])
-def test_damaged_data_is_refused(here, capsys, damage):
-    train_shard, val_shard = sorted(Path("data/small").glob("*.bin"))
-    if damage == "cut":
-        train_shard.write_bytes(train_shard.read_bytes()[:-100])
-    elif damage in ("lost", "unfinished"):
-        (train_shard if damage == "lost" else val_shard).unlink()
-    else:
-        Path("data/small/meta.json").write_text(damage)
-    for command in (FRESH, AGAIN, f"{RESUME} --max_steps 8"):
-        refuses(capsys, command, "data/small")
-
-
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_help_is_readable(capsys, monkeypatch, script):
-    monkeypatch.setenv("COLUMNS", "100")
-    assert call(f"{script} --help") == 0
-    text = capsys.readouterr().out
-    assert f"python {script}" in text and max(map(len, text.splitlines())) <= 100
-    assert script == "sample.py" or "'energy_steps': 10000" in text  # every preset, every value
-
-
-# ---------------------------------------------- stopped and resumed
-
-TORCH_SAVE = torch.save
-
-
-def kill(*args):
-    raise Killed
-
-
-def half_a_checkpoint(content, file):
-    TORCH_SAVE(content, whole := io.BytesIO())
-    file.write(whole.getvalue()[:3000])
-    kill()
-
-
-def full_disk(content, file):
-    file.write(b"some")
-    raise OSError(28, "No space left on device")
-
-
-# name: (function, which call, what happens instead, exit code, words on stderr)
-STOPS = {
-    "before the first save": (train, "save", 1, kill, Killed, ""),
-    "before a save": (train, "save", 2, kill, Killed, ""),
-    "in a save": (torch, "save", 2, half_a_checkpoint, Killed, ""),
-    "after a save": (train, "learning_rate", 5, kill, Killed, ""),
-    "in the second epoch": (train, "learning_rate", 6, kill, Killed, ""),
-    "SIGTERM": (train, "learning_rate", 4, 15, 143, "go on with --resume --out new"),
-    "SIGINT": (train, "learning_rate", 4, 2, 130, "go on with --resume --out new"),
-    "full disk": (torch, "save", 2, full_disk, 2, "could not write .*No space left"),
-    "nan": (train, "training_loss", 5, math.nan, 2, "nan.* at step 4; the last checkpoint is kept"),
-}
-
-
-def at_call(patch, module, name, n, act):
-    """The n-th call of module.name does `act`, raises that signal first, or is times that nan."""
+def start(command, module, name, n, act, **environment):
+    """A process in which the n-th call of module.name sends those signals, fails or gives a nan."""
     real, calls = getattr(module, name), []
 
     def patched(*args):
-        calls.append(1)
-        if len(calls) == n and callable(act):
-            return act(*args)
-        if len(calls) == n and isinstance(act, int):
-            os.kill(os.getpid(), act)
-        return real(*args) * act if len(calls) == n and act != act else real(*args)
+        calls.append(args)
+        if len(calls) != n:
+            return real(*args)
+        if act is math.nan:
+            return real(*args) * act
+        if isinstance(act, OSError):
+            raise act
+        for number in act:
+            os.kill(os.getpid(), number)
+        return real(*args)
 
-    patch.setattr(module, name, patched)
+    def work():
+        os.environ.update(environment)
+        setattr(module, name, patched)
+        handlers = [signal.getsignal(number) for number in (2, 15)]
+        code = call(command)
+        sys.exit(code if handlers == [signal.getsignal(number) for number in (2, 15)] else 99)
+
+    process = torch.multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+FULL = OSError(28, "No space left on device")
+STOPS = {  # (function, which call, what happens), exit code, words on stderr
+    "before the first save": ((train, "save", 1, [9]), -9, ""),
+    "in a save": ((torch, "save", 2, [9]), -9, ""),
+    "in the second epoch": ((train, "learning_rate", 6, [9]), -9, ""),
+    "SIGTERM, repeated": ((train, "learning_rate", 4, [15, 15]), 143, "--resume --out new"),
+    "SIGINT": ((train, "learning_rate", 4, [2]), 130, "go on with --resume --out new"),
+    "full disk": ((torch, "save", 2, FULL), 2, "could not write .*No space left"),
+    "nan": ((train, "training_loss", 5, math.nan), 2, "nan.* step 4; the last checkpoint is kept"),
+}
 
 
 @pytest.mark.parametrize("stage", train.STAGES)
 @pytest.mark.parametrize("stop", STOPS)
-def test_stopped_and_resumed_is_bit_identical(here, capsys, monkeypatch, stop, stage):
-    *where, ends, words = STOPS[stop]
+def test_stopped_and_resumed_is_bit_identical(here, capfd, stop, stage):
+    where, ends, words = STOPS[stop]
     command = f"{FRESH} --stage {stage}"
-    if stage == "energy":
-        Path("new").mkdir()
-        shutil.copy("out/toy/denoiser.pt", "new")
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        at_call(patch, *where)
-        code = pytest.raises(Killed, call, command).type if ends is Killed else call(command)
-    assert code == ends and re.search(words, capsys.readouterr().err)
-    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
-    if stop == "before the first save":
-        assert call(command) == 0
-    else:
+    shutil.copytree("out/toy", "new")
+    Path(f"new/{stage}.pt").unlink()
+    process = start(command, *where)
+    process.join()
+    assert process.exitcode == ends and re.search(words, capfd.readouterr().err)
+    assert ends == -9 or not list(Path("new").glob("*.tmp"))
+    if "first" not in stop:
         edlm.load_checkpoint(f"new/{stage}.pt")  # once there was a checkpoint, there always is one
-        assert ends is Killed or not list(Path("new").glob("*.tmp"))
-        assert call("train.py --resume --out new") == 0
-    assert_same_stage("new", "out/toy", stage)
-
-
-SCRIPT = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import data, train
-rank, calls = int(os.environ.get("RANK", 0)), []
-def stopping(function, when, number):
-    def patched(*args):
-        calls.append(1)
-        if len(calls) == when:
-            os.kill(os.getpid(), number)
-        return function(*args)
-    return patched
-"""
-
-
-def run(*words, patch=""):
-    """train.py in a process of its own, after a patch."""
-    environment = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    script = ["-c", f"{SCRIPT}{patch}\ndata.run('train.py', train.main)"]
-    words = [word for part in words for word in (script if part == "SCRIPT" else part.split())]
-    return subprocess.run(words, env=environment, capture_output=True, text=True)
-
-
-def test_sigkill_and_resumed_is_bit_identical(here):
-    patch = "os.replace = stopping(os.replace, 5, signal.SIGKILL)"  # in the second save of `ar`
-    ended = run(sys.executable, "SCRIPT", FRESH.removeprefix("train.py"), patch=patch)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    with open("new/ar.jsonl", "a") as log:
+    with open(f"new/{stage}.jsonl", "a") as log:
         log.write('{"step": 5, "tok')  # half a row, as a buffer would leave
-    assert saved("new/ar.pt")["training"]["step"] == 2 and Path("new/ar.pt.tmp").exists()
-    assert call("train.py --resume --out new") == 0
-    for stage in train.STAGES:
-        assert_same_stage("new", "out/toy", stage)
+    assert call(command if "first" in stop else "train.py --resume --out new") == 0
+    a, b = (json.dumps(saved(x, stage), default=torch.Tensor.tolist) for x in ("new", "out/toy"))
+    assert hash(a) == hash(b)  # not the texts: a megabyte each
 
 
 def test_two_processes_do_what_one_does_and_stop_together(here):
     """SIGTERM for one of them: both stop after the same step, one saves, and they go on as one.
 
-    One and two processes differ in the order of sums: a float32 rounding, 6e-8, for each of at most
-    B L d = 2,700 terms is 2e-4 of the sum of their absolute values, and more of the sum where they
-    cancel: 2e-3 is allowed. Other masks, or a missing division by 2, would make 1e-2 and more.
+    Sums are in another order than in one: with 6e-8 for each of at most B L d = 2,700 terms, 2e-4
+    of their sizes. 2e-3 is allowed, as they cancel; other masks, or no division by 2, make 1e-2.
     """
-    argv = f"{FRESH} --optimizer adamw --lr 0.001 --energy_lr 0.001 --micro_batch 2 --k 2"
-    argv = argv.replace("train.py", "").replace("--n 8", "")  # torchrun takes --n for its own
+    command = f"{FRESH} --optimizer adamw --lr 0.001 --energy_lr 0.001 --micro_batch 2"
+    assert call(f"{command} --out one") == 0
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE="2")
+    shared |= dict(TORCHELASTIC_USE_AGENT_STORE="True")  # as torchrun does
+    where = (train, "learning_rate")
+    processes = [start(command, *where, 4 - r, [15] * r, RANK=str(r), **shared) for r in range(2)]
+    for process in processes:
+        process.join(120)
+        process.kill()  # if it waits for the other
+    assert [process.exitcode for process in processes] == [143, 143]
+    assert saved("new", "denoiser")["training"]["step"] == 3
     two = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
-    patch = "if rank: train.learning_rate = stopping(train.learning_rate, 3, signal.SIGTERM)"
-    ended = run(f"{two} --no-python {sys.executable}", "SCRIPT", argv, patch=patch)
-    assert ended.returncode != 0 and "go on with --resume --out new" in ended.stderr, ended.stderr
-    assert saved("new/denoiser.pt")["training"]["step"] == 3
-    ended = run(f"{two} {ROOT}/train.py --resume --out new")
+    resume = shlex.split(f"{two} {ROOT}/train.py --resume --out new")
+    ended = subprocess.run(resume, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.count("perplexity") == 1, ended.stderr
-    assert call(f"train.py {argv} --out one") == 0
-    assert {path.name for path in Path("one").iterdir()} == {p.name for p in Path("new").iterdir()}
-    for stage in train.STAGES:
-        for row, other in zip(rows_of("one", stage), rows_of("new", stage), strict=True):
+    for stage in train.STAGES:  # the last row is the validation loss of the final weights
+        for row, other in zip(saved("one", stage)["log"], saved("new", stage)["log"], strict=True):
             assert row == pytest.approx(other, rel=2e-3)
-        a, b = (saved(f"{out}/{stage}.pt")["weights"] for out in ("one", "new"))
-        apart = sum((a[name] - b[name]).square().sum() for name in a)
-        assert apart.sqrt() < 2e-3 * sum(a[name].square().sum() for name in a).sqrt()
 
 
-def test_settings_come_from_the_checkpoint_and_flags_win(here, monkeypatch):
-    before = {path: path.read_bytes() for path in Path("out/toy").iterdir()}
-    assert call(RESUME) == 0  # all is finished
-    assert before == {path: path.read_bytes() for path in Path("out/toy").iterdir()}
-    log = rows_of("out/toy", "ar")
+def test_settings_come_from_the_checkpoint_and_flags_win(here):
+    before, log = snapshot(), saved("out/toy", "ar")["log"]
+    assert call(RESUME) == 0 and snapshot() == before  # all is finished
     assert call(f"{RESUME} --stage ar --max_steps 8 --lr 0.001") == 0
-    longer = rows_of("out/toy", "ar")
+    longer, settings = saved("out/toy", "ar")["log"], train.saved_settings("out/toy", resume=True)
     assert longer[: len(log)] == log and [row["step"] for row in longer[len(log) :]] == [7, 8, 8]
-    settings = saved("out/toy/ar.pt")["training"]["settings"]
     assert (settings["n_embd"], settings["lr"], settings["max_steps"]) == (16, 0.001, 8)
     # the energy's shape is the denoiser's, also where it is recorded
-    more = f"--overwrite --data data/small {SHORT}"
-    assert call(f"train.py --stage energy --out out/toy {more}") == 0
-    settings = saved("out/toy/energy.pt")["training"]["settings"]
+    shape = "--stage energy --out out/toy --overwrite --data data/small"
+    assert call(f"train.py {shape} {SHORT}") == 0
+    settings = train.saved_settings("out/toy", resume=True)
     assert (settings["dropout"], settings["n_layer"], settings["n_embd"]) == (0.1, 1, 16)
     # killed before its first checkpoint, a new run must not go on as the old one
-    at_call(monkeypatch, train, "save", 1, kill)
-    pytest.raises(Killed, call, AGAIN)
+    start(AGAIN, train, "save", 1, [9]).join()
     assert not list(Path("out/toy").glob("*.pt"))
-
-
-# ---------------------------------------------- what training writes
 
 
 def test_rows_of_the_log(here):
     uniform = math.log(data.get_tokenizer("toy").n_vocab)
-    for stage, start, peak in (("ar", uniform, "lr"), ("energy", math.log(4), "energy_lr")):
+    # with three negatives each, half as many blocks
+    stages = (("ar", 8, uniform, "lr"), ("energy", 4, math.log(4), "energy_lr"))
+    for stage, batch, start, peak in stages:
         rows = [json.loads(line) for line in open(f"out/toy/{stage}.jsonl")]
         steps = [row for row in rows if "loss" in row]
-        assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
-        assert steps[0]["loss"] == pytest.approx(start, rel=0.05)
         keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
-        batch = 8 if stage == "ar" else 4  # with three negatives each, half as many blocks
-        tokens = [row["step"] * batch * 21 for row in steps]
-        assert [row["tokens"] for row in steps] == tokens
         assert all(row.keys() == keys for row in steps)
-        # warm-up of two steps, then a cosine that would reach 0 at step 6
-        lr = [0.5, 1, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
-        peak = train.PRESETS["toy"][peak]
-        assert [row["lr"] / peak for row in steps] == pytest.approx(lr)
         assert [row["step"] for row in rows if row.keys() == {"step", "val_loss"}] == [2, 4, 6]
-    # Validation has fixed masks and leaves the random state alone. What is saved for use is what
-    # was evaluated, the average of the weights.
+        assert [row["tokens"] for row in steps] == [step * batch * 21 for step in range(1, 7)]
+        assert steps[0]["loss"] == pytest.approx(start, rel=0.05)
+        # warm-up of two steps, then a cosine that would reach 0 at step 6
+        shape = [0.5, 1, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
+        lr = [share * train.PRESETS["toy"][peak] for share in shape]
+        assert [row["lr"] for row in steps] == pytest.approx(lr)
+    # validation has fixed masks; what is saved for use, the average of the weights, was evaluated
     model, _ = edlm.load_checkpoint("out/toy/denoiser.pt")
-    s, averaged = train.parse(shlex.split(FRESH)[1:]), SimpleNamespace(ema=model, denoiser=None)
-    state, blocks = torch.get_rng_state(), data.Blocks("data/small", "val", 21)
-    loss = train.validation_loss("denoiser", averaged, blocks, s, torch.device("cpu"))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert loss == pytest.approx(rows_of("out/toy", "denoiser")[-1]["val_loss"], rel=1e-5)
+    s, blocks = train.parse(shlex.split(FRESH)[1:]), data.Blocks("data/small", "val", 21)
+    score = partial(edlm.nelbo, model, mask_id=model.config.mask_id)
+    loss = train.score_blocks("", score, blocks, s, torch.device("cpu")).mean().item() / 20
+    assert loss == pytest.approx(saved("out/toy", "denoiser")["log"][-1]["val_loss"], rel=1e-5)
 
 
 def test_averages_of_weights_and_micro_batches(here):
-    """The average is decay * average + (1 - decay) * weights; decay is min(ema, n / (9 + n))."""
+    """The average is decay * average + (1 - decay) * weights, decay = min(ema, n / (9 + n))."""
     average, argv = None, f"{FRESH} --stage ar --lr_schedule constant --ema 0.15 --dropout 0"
     for n in range(3):
         assert call(f"{argv} --max_steps {n + 1}" + " --resume" * (n > 0)) == 0
-        now = saved("new/ar.pt")["training"]["model"]["head.weight"]
-        decay = min(0.15, n / (9 + n))
-        average = now if average is None else decay * average + (1 - decay) * now
-        assert torch.allclose(saved("new/ar.pt")["weights"]["head.weight"], average, atol=1e-7), n
+        now, decay = saved("new", "ar")["training"]["model"]["head.weight"], min(0.15, n / (9 + n))
+        average = decay * average + (1 - decay) * now if n else now
+        assert torch.allclose(saved("new", "ar")["weights"]["head.weight"], average, atol=1e-7), n
     # AR has no random masks: cut into micro-batches or not, a step is the same but for rounding
     assert call(f"{argv} --max_steps 3 --micro_batch 2 --out cut") == 0
-    cut, whole = ([row.get("loss") for row in rows_of(out, "ar")] for out in ("cut", "new"))
-    assert [loss for loss in cut if loss] == pytest.approx([x for x in whole if x], rel=1e-3)
+    assert saved("cut", "ar")["log"][-2] == pytest.approx(saved("new", "ar")["log"][-2], rel=1e-3)
 
 
-# ---------------------------------------------- sample.py
+def figures(command):
+    """The rows that a command writes to --json, by their names."""
+    assert call(f"{command} --json rows.json") == 0
+    rows = json.loads(Path("rows.json").read_text())["rows"]
+    return {row.get("name") or row["model"]: row for row in rows}
 
 
-def sampled(command, *more):
-    """The rows of --json after sample.py."""
-    assert call(f"sample.py --json figures.json {command}", *more) == 0
-    return json.loads(Path("figures.json").read_text())["rows"]
+class Judge(torch.nn.Module):
+    """Both parts of a causal LM with a token for every two characters, its number what it costs."""
+
+    config = SimpleNamespace(max_position_embeddings=30)
+    from_pretrained = classmethod(lambda cls, name: cls())
+
+    def forward(self, given, labels=None):
+        if isinstance(given, str):
+            return {"input_ids": [ord(character) % 3 for character in given[::2]]}
+        return SimpleNamespace(loss=labels[:, 1:].float().mean())
 
 
 @pytest.mark.parametrize("energy", ["none", "ar", "coar", "nce"])
 def test_figures_of_every_energy(here, capsys, monkeypatch, energy):
-    counts = {edlm.Denoiser: 0, edlm.ARResidual: 0, edlm.NCEResidual: 0}
-    for cls, name in zip(counts, ("forward", "__call__", "forward"), strict=True):
+    texts = Counter()  # that went through each network
+    calls = {edlm.Denoiser: "forward", edlm.ARResidual: "__call__", edlm.NCEResidual: "forward"}
+    for cls, name in calls.items():
 
         def counted(self, x, *args, cls=cls, real=getattr(cls, name)):
-            counts[cls] += x[..., 0].numel()
+            texts[cls] += x[..., 0].numel()
             return real(self, x, *args)
 
         monkeypatch.setattr(cls, name, counted)
     monkeypatch.setattr(data, "toy_is_valid", lambda text: len(text) % 2 == 0)
+    fake = SimpleNamespace(AutoTokenizer=Judge, AutoModelForCausalLM=Judge)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
     more = "" if energy == "none" else "--k 3 --window 0.5"
-    (row,) = sampled(f"--energy {energy} --num 6 --steps 4 {more}")
-    denoised, *judged = counts.values()
+    command = f"sample.py --energy {energy} --judge mine --num 6 --steps 4 {more}"
+    (row,) = figures(command).values()
+    denoised = texts.pop(edlm.Denoiser)
     assert row["denoiser_forwards"] == pytest.approx(denoised / 6) and 0 < denoised <= 6 * 4
-    assert row["energy_forwards"] == pytest.approx(sum(judged) / 6)
-    assert (row["ess"] is None and not sum(judged)) if energy == "none" else 1 <= row["ess"] < 3.01
+    assert row["energy_forwards"] == pytest.approx(texts.total() / 6)
+    assert (row["ess"] is None and not row["energy_forwards"]) or 1 <= row["ess"] < 3.01
     x, tokenizer = torch.tensor(row["tokens"]), data.get_tokenizer("toy")
     assert x.shape == (6, 21) and (x[:, 0] == tokenizer.eot_token).all()
     assert row["texts"] == [data.decode(tokenizer, tokens) for tokens in row["tokens"]]
-    shares = [tokens.bincount() / 20 for tokens in x[:, 1:]]
-    entropy = sum(-torch.xlogy(share, share).sum() for share in shares).item() / 6 / math.log(2)
+    shares = torch.stack([tokens.bincount(minlength=36) / 20 for tokens in x[:, 1:]])
+    entropy = -torch.xlogy(shares, shares).sum().item() / 6 / math.log(2)
     assert row["entropy"] == pytest.approx(entropy, rel=1e-5) and row["seconds"] > 0
     ar, _ = edlm.load_checkpoint("out/toy/ar.pt")
     perplexity = math.exp(-ar.log_prob(x).sum().item() / (6 * 20))
     assert row["ar_perplexity"] == pytest.approx(perplexity, rel=1e-4)
-    valid, shown = [len(text) % 2 == 0 for text in row["texts"]], capsys.readouterr().out
-    assert row["valid_fraction"] == sum(valid) / 6 and f"valid {sum(valid) / 6:.3f}" in shown
-    for text, good in list(zip(row["texts"], valid, strict=True))[:4]:
-        assert re.search(rf"\[{'ok' if good else 'broken'}\] +{re.escape(text)}\n", shown)
+    costs = [Judge()(text)["input_ids"][1:30] for text in row["texts"]]
+    perplexity = math.exp(sum(map(sum, costs)) / sum(map(len, costs)))
+    assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-4)
+    valid, shown = sum(len(text) % 2 == 0 for text in row["texts"]) / 6, capsys.readouterr().out
+    assert row["valid_fraction"] == valid and f"valid {valid:.3f}" in shown
+    for text in row["texts"][:4]:
+        assert re.search(rf"{'broken' if len(text) % 2 else 'ok'}\] +{re.escape(text)}\n", shown)
 
 
 def test_default_compare_and_seeds(here, capsys):
-    assert [row["name"] for row in sampled("--num 4")] == ["MDLM T=8", "EDLM-NCE T=8 k=16"]
-    command = "--compare --steps 2,4 --k 2,3 --num 2 --seed"
-    rows, again, other = (sampled(command, seed) for seed in (3, 3, 4))
+    default, nce = figures("sample.py --num 4"), "EDLM-NCE T=8 k=16"
+    assert list(default) == ["MDLM T=8", nce]
+    for flag in ("--window 0.5", "--schedule cosine"):
+        changed = figures(f"sample.py --num 4 --energy nce {flag}")
+        assert changed[nce]["tokens"] != default[nce]["tokens"]
+    command = "sample.py --compare --steps 2,4 --k 2,3 --num 2 --seed"
+    rows, again, other = (figures(f"{command} {seed}") for seed in (3, 3, 4))
     names = [f"{n} T={T} k={k}" for _, n in edlm.ENERGIES.values() for T in (2, 4) for k in (2, 3)]
-    assert sorted(row["name"] for row in rows) == sorted(["AR", "MDLM T=2", "MDLM T=4", *names])
-    assert (
-        [r["tokens"] for r in rows] == [r["tokens"] for r in again] != [r["tokens"] for r in other]
-    )
+    assert sorted(rows) == sorted(["AR", "MDLM T=2", "MDLM T=4", *names])
     shown = capsys.readouterr().out
-    assert all(re.search(rf"^{re.escape(row['name'])} .* valid", shown, re.M) for row in rows)
-    assert "next: " in shown and rows[0]["texts"][0] not in shown
-    (row,) = sampled("--energy none --num 4 --steps 500")
-    assert 15 < row["denoiser_forwards"] <= 20  # never more than the masked tokens
+    for name, row in rows.items():
+        assert row["tokens"] == again[name]["tokens"] != other[name]["tokens"]
+        assert re.search(rf"^{re.escape(name)} .* valid", shown, re.M)
+    assert "next: " in shown and rows["AR"]["texts"][0] not in shown
     for stage in ("ar", "energy"):
         Path(f"out/toy/{stage}.pt").unlink()
-    assert [row["name"] for row in sampled("--num 4")] == ["MDLM T=8"]  # a denoiser alone
+    (row,) = figures("sample.py --num 4 --steps 500").values()  # a denoiser alone
+    assert row["name"] == "MDLM T=500" and 15 < row["denoiser_forwards"] <= 20
 
 
 def test_given_tokens_are_kept(here, capsys):
-    given = data.encode(data.get_tokenizer("toy"), " ".join(WORDS[:4]))
-    for more in ("--model ar", "--steps 3"):
-        for row in sampled(f"--num 3 {more} --prompt", " ".join(WORDS[:4])):
-            assert all(tokens[1:5] == given and len(tokens) == 21 for tokens in row["tokens"])
-    assert "[broken]" in capsys.readouterr().out
-    for text in ("ben has ___ red", "ben ____*2 red", "___ has ___ red", "ben has a ___", "___*4"):
-        for row in sampled("--num 2 --infill", text):
-            pattern = re.sub(
-                r" ?_+(\*\d)?", lambda gap: r" ?(\S+ ?)" + f"{{{(gap[1] or '*1')[1:]}}}", text
-            )
-            assert all(
-                re.fullmatch(pattern, " ".join(re.findall(r"[a-z]+|\.", t))) for t in row["texts"]
-            )
-            assert row["valid_fraction"] is None and all(len(x) == 6 for x in row["tokens"])
-    shown = capsys.readouterr().out
-    assert "broken" not in shown and "valid" not in shown  # no verdict where none is possible
-    (row,) = sampled("--out out/bytes --energy none --num 2 --infill", "the ___*3 sat")
-    assert all(len(tokens) == 2 + len("the xyz sat") for tokens in row["tokens"])
-    assert all(text.startswith("the ") and text.endswith(" sat") for text in row["texts"])
+    tokenizer = data.get_tokenizer("toy")
+    commands = {
+        "--model ar --prompt 'ben has a red'": "ben has a red",
+        "--steps 3 --prompt 'ben has a red'": "ben has a red",
+        "--infill 'ben has ___ red'": "ben has ? red",
+        "--infill 'ben ____*2 red'": "ben ? ? red",
+        "--infill '___ has a ___'": "? has a ?",
+    }
+    for command, given in commands.items():
+        prompt = "--prompt" in command
+        for row in figures(f"sample.py --num 3 {command}").values():
+            for tokens in row["tokens"]:
+                words = [data.decode(tokenizer, [token]).strip() for token in tokens[1:5]]
+                assert all(a in ("?", b) for a, b in zip(given.split(), words, strict=True))
+                assert len(tokens) == (21 if prompt else 6) and max(tokens) < tokenizer.n_vocab
+        shown = capsys.readouterr().out
+        assert ("[broken]" in shown) == ("valid" in shown) == prompt  # else there is no verdict
+    (row,) = figures("sample.py --out out/bytes --energy none --infill 'the ___*3 sat'").values()
+    assert all(x[1:5] == [*b"the "] and x[8:-1] == [*b" sat"] for x in row["tokens"])
 
 
-def test_watch_redraws_in_place_and_control_characters_stay_out(here, capsys, monkeypatch):
-    command = "sample.py --out out/bytes --energy none --steps 6 --num 2 --watch"
-    assert call(command) == 0
-    shown = capsys.readouterr().out
+def test_watch_prints_lines_or_redraws_in_place(here, capfd, monkeypatch):
+    assert call(WATCH) == 0
+    shown = capfd.readouterr().out
     assert all(c.isprintable() for c in shown.replace("\n", ""))  # a byte model draws any byte
     states = re.split(r"^t = ", shown, flags=re.M)[1:]
-    masks = [state.split("\n\n")[0].count("_") for state in states]
     times = [float(state.split()[0]) for state in states]
-    assert masks == sorted(masks, reverse=True) and masks[0] == 31 and len(set(masks)) > 2
-    assert times == sorted(times, reverse=True) and (times[0], times[-1]) == (1, 0)
+    assert times == sorted(times, reverse=True) and times[0] == 1 and len(times) > 3
+    assert states[0].count("_") == 31
+    # on a terminal of 20 columns, with Ctrl-C seconds before the end
+    monkeypatch.setenv("COLUMNS", "20")
+    received = b""
 
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
-    master, slave = pty.openpty()
-    received = io.BytesIO()
+    def read(terminal):
+        nonlocal received
+        before, received = received, received + os.read(terminal, 4096)
+        if before.count(b"t = ") < 3 <= received.count(b"t = "):
+            os.write(terminal, b"\x03")
+        return received[len(before) :]
 
-    def read():
-        with contextlib.suppress(OSError):  # the other side was closed
-            while received.write(os.read(master, 4096)):
-                pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with open(slave, "w") as terminal, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", terminal)
-        assert call(command) == 0
-    reader.join()
-    screen = [""]  # what a terminal shows in the end
-    for part in re.split(r"(\x1b\[\d*[FJ]|\r\n)", received.getvalue().decode()):
-        if part == "\r\n":
-            screen.append("")
-        elif re.fullmatch(r"\x1b\[\d+F", part):
-            screen[-1 - int(part[2:-1]) :] = [""]
-        elif part != "\x1b[J":
-            assert "\x1b" not in part
-            screen[-1] += part
-    states = [line for line in screen if line.startswith("t = ")]
-    assert len(states) == 1 and states[0].startswith("t = 0.000")
-    assert sum("denoiser" in line for line in screen) == 1
+    status = pty.spawn([sys.executable, str(ROOT / "sample.py"), *shlex.split(WATCH)[1:]], read)
+    assert os.waitstatus_to_exitcode(status) == 130
+    first, *states = re.split(r"\x1b\[(\d+)F\x1b\[J", received.decode())
+    states = [first.split("\x1b[J")[1], *states]  # state, how far back over it, state, back, ...
+    assert len(states) >= 5
+    for state, back in zip(states[::2], states[1::2], strict=False):
+        assert state.startswith("t = ") and state.count("\r\n") == int(back) > 1
+        assert max(map(len, state.split("\r\n"))) < 20
+    assert "\x1b" not in "".join(states)  # the cursor was not hidden, nor the screen changed
+    assert states[-1].endswith("\r\nsample.py: interrupted\r\n")
 
 
-def test_a_judge_scores_its_own_tokens(here, monkeypatch):
-    """A judge with a token for every two characters, each costing its number in nats."""
-
-    class Judge:
-        config = SimpleNamespace(max_position_embeddings=30)
-        to = eval = lambda self, *args: self
-
-        def __call__(self, ids, labels):
-            return SimpleNamespace(loss=scale * ids[:, 1:].float().mean())
-
-    def tokens(text):
-        return {"input_ids": [ord(character) % 3 for character in text[::2]]}
-
-    fakes = (
-        SimpleNamespace(from_pretrained=lambda name, fake=fake: fake) for fake in (tokens, Judge())
-    )
-    names = ("AutoTokenizer", "AutoModelForCausalLM")
-    fake = SimpleNamespace(**dict(zip(names, fakes, strict=True)))
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    for scale in (1, 1e4):  # noqa: B007
-        (row,) = sampled("--energy none --steps 2 --num 3 --judge mine")
-        ids = [tokens(text)["input_ids"][1:30] for text in row["texts"]]
-        expected = math.exp(sum(map(sum, ids)) / sum(map(len, ids))) if scale == 1 else math.inf
-        assert row["judge_perplexity"] == pytest.approx(expected, rel=1e-4)
-
-
-# ---------------------------------------------- train.py --eval
-
-
-def evaluated(command):
-    more = "--device cpu --n 8 --k 1,2 --steps 2,4"
-    assert call(f"train.py --eval --json table.json {more} {command}") == 0
-    return {row["model"]: row for row in json.loads(Path("table.json").read_text())["rows"]}
-
-
-def test_the_table_of_perplexities(here, capsys, monkeypatch):
-    monkeypatch.setitem(train.PRESETS["toy"], "data", "data/small")  # its floor is known
-    rows = evaluated("--out out/toy")
+def test_the_table_of_perplexities(here, capsys):
+    shutil.copytree("data/small", "data/toy")
+    rows = figures(TABLE)
     kinds = ("EDLM-AR", "EDLM-coAR", "EDLM-NCE")
     bounds = {f"{name} T={T} k={k}" for name in kinds for T in (2, 4) for k in (1, 2)}
     joint = {f"{name} joint, log Z {end}" for name in kinds[::2] for end in ("lower", "upper")}
     joint |= {"EDLM-coAR joint, log Z exact"}
-    plain = {"language (floor)", "AR", "MDLM", "MDLM T=2", "MDLM T=4"}
+    plain, floor = {"AR", "MDLM", "MDLM T=2", "MDLM T=4"}, rows.pop("language (floor)")
+    assert floor["nats_per_token"] == pytest.approx(data.toy_entropy() / 20)
     assert set(rows) == bounds | joint | plain
-    nats = {name: row["nats_per_token"] for name, row in rows.items()}
+    shown, nats = capsys.readouterr().out, {name: rows[name]["nats_per_token"] for name in rows}
     for name, row in rows.items():
-        exact = name in ("AR", "language (floor)")
-        assert row["what"] == ("exact" if exact else "estimate" if name in joint else "bound")
-        assert row["perplexity"] == pytest.approx(math.exp(nats[name]))
-        assert "floor" in name or (row["sequences"], row["tokens"]) == (16, 320)
+        assert row["what"] == {"AR": "exact"}.get(name, "estimate" if name in joint else "bound")
+        assert row["perplexity"] == pytest.approx(math.exp(nats[name])) and name in shown
+        assert (row["sequences"], row["tokens"]) == (16, 320)
         assert ("with_quarter_n" in row) == (name in bounds) and "bits_per_character" not in row
-    assert nats["language (floor)"] == pytest.approx(data.toy_entropy() / 20)
     for name in kinds[::2]:  # log p = ... - log Z: its lower end gives the lower loss
         assert nats[f"{name} joint, log Z lower"] <= nats[f"{name} joint, log Z upper"]
     for T in (2, 4):  # the same masks, and one candidate is no choice
         assert nats[f"EDLM-NCE T={T} k=1"] == nats[f"MDLM T={T}"]
     ar, _ = edlm.load_checkpoint("out/toy/ar.pt")
-    blocks = data.Blocks("data/small", "val", 21)
-    cost = -ar.log_prob(torch.stack([blocks[i] for i in range(16)])).sum(dim=1).double() / 20
+    x = torch.stack(list(data.Blocks("data/small", "val", 21)))
+    cost = -ar.log_prob(x).sum(dim=1).double() / 20
     assert nats["AR"] == pytest.approx(cost.mean().item(), rel=1e-5)
     assert rows["AR"]["standard_error"] == pytest.approx(cost.std().item() / 4, rel=1e-4)
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in rows)
-    # one energy only; a text is evaluated by the run of the preset
-    monkeypatch.undo()
-    os.chdir(here)
+    # of a text, by the run of the preset, without an energy
     Path("my.txt").write_text((STORY + "\n\n") * 5)
-    rows = evaluated("--data my.txt --energy coar --eval_blocks 3")
-    coar = {name for name in bounds | joint if "coAR" in name}
-    assert set(rows) == coar | plain - {"language (floor)"}
+    Path("out/toy/energy.pt").unlink()
+    rows = figures(f"{TABLE} --data my.txt --eval_blocks 3")
+    assert set(rows) == plain | {name for name in bounds | joint if "AR" in name}
     assert rows["AR"]["sequences"] == 3
-    # a run that diverged: inf, not an overflow
-    for stage in ("denoiser", "ar"):
-        edit(f"out/toy/{stage}.pt", "weights/head.weight = old * 1e7")
-    rows = evaluated("--out out/toy --data data/small --energy none")
-    assert rows["AR"]["perplexity"] == rows["MDLM"]["perplexity"] == math.inf
-    assert sampled("--energy none --num 2")[0]["ar_perplexity"] > 1
+    # of a run that diverged, inf instead of an overflow
+    edit(Path("out/toy/ar.pt"), "c['weights']['head.weight'] *= 1e7")
+    assert figures(TABLE)["AR"]["perplexity"] == math.inf
 
 
-def test_text_files_are_framed_as_their_shards(here):
-    texts = ["don 't stop @-@ gap , he said . " * 4, "teddy 's\nhat " * 5, "the end . " * 9]
-    Path("my.txt").write_text("\n\n \n".join(texts))
-    command = "--out out/bytes --energy none --data"
-    plain = evaluated(f"{command} my.txt")
-    length = sum(len(text.strip()) + 1 for text in texts)  # each with an end of text
-    assert plain["AR"]["sequences"] == length // 30
-    for row in plain.values():
+def test_a_text_file_is_evaluated_as_its_shards(here):
+    Path("val.txt").write_text(TEXT * 2)  # the last tenth of text.txt
+    command = f"{TABLE} --out out/bytes --data"
+    rows = figures(f"{command} val.txt")
+    assert rows == figures(f"{command} data/bytes") and rows["AR"]["sequences"] == 5
+    for row in rows.values():
         nats = row["nats_per_token"] * 31  # of a block: 30 characters and the end of text
         assert row["bits_per_character"] == pytest.approx(nats / 30 / math.log(2))
-    undone = evaluated(f"{command} my.txt --detokenize wikitext")
+    Path("val.txt").write_text("don 't stop @-@ gap , he said . " * 9)
+    plain, undone = (figures(f"{command} val.txt{x}") for x in ("", " --detokenize wikitext"))
     assert undone["AR"]["nats_per_token"] != plain["AR"]["nats_per_token"]
 
 
-# ---------------------------------------------- README.md: its commands and its Python, made small
+SHRUNK = {  # the first pattern that is found in a command says what makes it small
+    r"^sample.py": "--num 2",
+    r"^data.py openwebtext": "archive.tar --val_docs 4 --tokenizer bytes",
+    r"^data.py text8": "text8.zip",
+    r"^data.py": "",
+    r" --(eval|resume)": "--eval_blocks 4 --n 16 --device cpu",
+    r" --(preset|data)": f"{SMALL} --block_size 32 --micro_batch 4 --overwrite",
+    r"^train.py": f"{SMALL} --overwrite",
+}
 
 
 def code_blocks(language):
@@ -1856,62 +1688,41 @@ def code_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def small_download(base_url, path):
-    """What `data.download` would fetch: an archive or text8, a thousandth of the size."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("text8", "the quick brown fox jumps over the lazy dog " * 600)
-        return
-    pages = {f"{i}.txt": TEXT.encode() for i in range(40)}
-    for name, files in (("inner", pages), (path, ("1_data.xz",))):
-        with tarfile.open(name, "w") as tar:
-            for file in files:
-                content = pages.get(file) or lzma.compress(Path("inner").read_bytes())
-                member = tarfile.TarInfo(file)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
-def shrink(name, words):
-    """Flags that make a command small; of two equal flags the last counts."""
-    if name != "train.py":
-        openwebtext = "--val_docs 4 --tokenizer bytes" if "openwebtext" in words else ""
-        return "--num 2" if name == "sample.py" else openwebtext
-    if {"--eval", "--resume"} & set(words):
-        return "--eval_blocks 4 --n 16 --device cpu"
-    block = " --block_size 32 --micro_batch 4" if {"--preset", "--data"} & set(words) else ""
-    return f"{SMALL}{block} --overwrite"
-
-
-def test_readme_commands_run(here, monkeypatch, capsys):
+def test_readme_commands_and_help_run(here, monkeypatch, capsys):
     shutil.rmtree("out")
-    make_toy, done = data.make_toy, 0
-    monkeypatch.setattr(data, "make_toy", lambda out: make_toy(out, n_train=36, n_val=16))
-    monkeypatch.setattr(data, "download", small_download)
-    monkeypatch.setitem(data.SOURCES["openwebtext"], "files", data.OWT[:2])
-    Path("mytext.txt").write_text(TEXT * 40)
-    Path("other.txt").write_text(TEXT * 4)
-    for line in "\n".join(code_blocks("bash")).replace("\\\n", " ").split("\n"):
-        for command in re.split(r" && |; ", line.split(" #")[0]):
-            python, name, *words = [*shlex.split(command), "", ""][
-                : max(2, len(shlex.split(command)))
-            ]
-            scripts = ("train.py", "sample.py", "data.py")
-            if python == "python" and name in scripts and "--judge" not in words:
-                code = call(f"{shlex.join([name, *words])} {shrink(name, words)}")
-                assert code == 0, (line, capsys.readouterr().err)
-                done += 1
-    assert done > 3
+    monkeypatch.setattr(data, "make_toy", partial(data.make_toy, n_train=36, n_val=16))
+    for name in (
+        "mytext.txt",
+        "other.txt",
+        "shakespeare.txt",
+    ):
+        Path(name).write_text(TEXT * 40)
+    with zipfile.ZipFile("text8.zip", "w") as archive:
+        archive.writestr("text8", "the quick brown fox jumps over the lazy dog " * 600)
+    with tarfile.open("archive.tar", "w") as archive:
+        for i in range(40):
+            archive.add("text.txt", f"{i}.txt")
+    lines = re.sub(r" #.*|\\\n", "", "\n".join(code_blocks("bash")))
+    commands = re.findall(r"^(?:.*&& )?python ((?:train|sample|data)\.py\b.*)", lines, re.M)
+    assert len(commands) > 10
+    for command in commands:
+        more = next(flags for pattern, flags in SHRUNK.items() if re.search(pattern, command))
+        assert call(f"{command} {more}") == 0, (command, capsys.readouterr().err)
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "100")
+    assert call("train.py --help") == call("sample.py --help") == 0
+    text = capsys.readouterr().out
+    assert "'energy_steps': 10000" in text and max(map(len, text.splitlines())) <= 100
 
 
-def test_readme_python_runs(here, capsys):
+def test_readme_python_runs_and_links_exist(here, capsys):
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / "README.md").read_text())
+    assert [link for link in links if not (ROOT / link).exists()] == []
     shutil.copytree("data/small", "data/toy")
     names = {}
     for block in code_blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names and capsys.readouterr().out
-    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / "README.md").read_text())
-    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 # ---------------------------------------------- published weights
@@ -2003,7 +1814,7 @@ def test_published_networks_say_what_they_said(tmp_path, monkeypatch, kind):
 
 
 WRONG = """blocks.0.norm1.weight = old[:1]; blocks.1.attn_out.weight = old[:1];
-    blocks.1.mlp.0.bias = 'gone'; sigma_map.mlp.0.bias = old[:1]; vocab_embed.embedding = old[1:];
+    blocks.1.mlp.0.bias = None; sigma_map.mlp.0.bias = old[:1]; vocab_embed.embedding = old[1:];
     blocks.0.norm2.weight = old.long(); output_layer.linear.bias = old / 0;
     rotary_emb.inv_freq = torch.ones(5); output_layer.linear.weight = 5;
     vocab_embed.embedding = old[:1, :1].expand(10**6, 10**6)"""
@@ -2013,16 +1824,19 @@ LIES = [(b"[11,16]", b"[99,99]"), (b'offsets":[0,', b'offsets":[8,'), (b'"F32"',
 def test_what_is_no_published_file_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     safetensors, w = pytest.importorskip("safetensors.torch"), published("denoiser")
-    torch.save(w | dict(new=torch.ones(2)), "extra.bin")
+    torch.save(w | dict(new=torch.ones(2)), "more.bin")
+    torch.save({name: w[name] for name in [*w][:-1]}, "less.bin")
     torch.save(w | dict(new=attack(os.system, ("touch ran",))), "attack.bin")
     for i, what in enumerate(re.split(r";\s+", WRONG)):
-        torch.save(w, f"{i}.bin")
-        edit(f"{i}.bin", f"backbone.{what}")
+        name, value = what.split(" = ")
+        changed = eval(value, dict(torch=torch, old=w[f"backbone.{name}"]))
+        torch.save(w | {f"backbone.{name}": changed}, f"{i}.bin")
     for end, save in ((".pkl", torch.save), (".safetensors", safetensors.save_file)):
         save(w, f"whole{end}")
         whole = Path(f"whole{end}").read_bytes()
-        for what in BYTES:
-            Path(what + end).write_bytes(BYTES[what](whole))
+        Path(f"cut{end}").write_bytes(whole[: len(whole) // 2])
+        Path(f"empty{end}").touch()
+        Path(f"flipped{end}").write_bytes(whole[:2000] + bytes(500) + whole[2500:])
     for i, lie in enumerate(LIES):
         assert lie[0] in whole
         Path(f"{i}.safetensors").write_bytes(whole.replace(*lie, 1))
@@ -2044,8 +1858,6 @@ def test_published_weights_become_a_run(tmp_path, monkeypatch, capsys):
     for kind in edlm.KINDS:
         assert call(f"{command} {kind}.bin") == 0
         refuses(capsys, f"{command} {kind}.bin", f"new/{kind}.pt exists: --overwrite")
-    assert call("train.py --import denoiser.bin --out long") == 0
-    refuses(capsys, "train.py --import energy.bin --out long --block_size 9", "size 1024, not 9")
     more = "--eval_blocks 2 --k 1,2 --steps 2 --n 2 --device cpu"
     assert call(f"train.py --eval --data . --out new {more}") == 0
     assert call(f"train.py --stage energy --data . --out new --overwrite {SHORT}") == 0

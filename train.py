@@ -6,12 +6,12 @@
     python train.py --preset owt --stage denoiser      the paper's settings, OpenWebText shards
     torchrun --standalone --nproc_per_node=8 train.py --preset owt        the same on eight GPUs
 
-Stages: `denoiser` (masked diffusion), `ar` (the autoregressive model), `energy` (noise-contrastive
-estimation against the finished denoiser). Each writes out/<name>/<stage>.pt and <stage>.jsonl.
+Stages: `denoiser` (masked diffusion), `ar` (autoregressive), `energy` (noise-contrastive estimation
+against the finished denoiser). Each writes out/<name>/<stage>.pt and <stage>.jsonl.
 
-A run is a function of its settings: the data order and all random numbers of micro-batch m of step
-s derive from (seed, s, m). So a resumed run repeats an uninterrupted one exactly, and W processes
-do the arithmetic of one process that accumulates W micro-batches.
+A run is a function of its settings: data order and random numbers of micro-batch m of step s derive
+from (seed, s, m). So a resumed run repeats an uninterrupted one exactly, and W processes do what
+one process does with W micro-batches.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import math
 import os
 import signal
 import sys
+import textwrap
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -129,7 +130,7 @@ def parse(argv=None) -> Settings:
     What is not given comes from the checkpoints in --out (--resume and --eval: the whole run;
     --stage energy: the denoiser's shape), else from the preset, else from Settings.
     """
-    presets = "\n\n".join(f"preset {name}: {values}" for name, values in PRESETS.items())
+    presets = "\n\n".join(textwrap.fill(f"preset {n}: {v}", 100) for n, v in PRESETS.items())
     parser = data.Parser("train.py", __doc__, epilog=presets, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=PRESETS, help="default: that of this --data, or toy")
     for f in fields(Settings):
@@ -501,10 +502,9 @@ def evaluate(s: Settings, device) -> list[dict]:
 
 
 def table_row(name, what, nats: torch.Tensor, config: edlm.Config, tokenizer: str) -> dict:
-    """Means over blocks of nats Float[blocks], and their standard error.
+    """Means over blocks of nats Float[blocks], their standard error, perplexity per scored token.
 
-    Perplexity is per scored token, of which a block has L - 1. Bits per character spread a block's
-    bits over its L - 2 characters: the end-of-text token after them is not one.
+    Bits per character spread a block's bits over its L - 2 characters, without the end of text.
     """
     M = config.block_size - 1
     nats = nats.double() / M
@@ -550,6 +550,8 @@ def main(argv=None) -> None:
         return import_weights(s)
     if not s.eval:
         return train(s)
+    if s.json:
+        data.check_target(s.json)
     rows = evaluate(s, edlm.pick_device(s.device))
     print_table(rows)
     if s.json:
