@@ -331,9 +331,9 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
         log.truncate(min(run.log_bytes, log.tell()))
     bar = dict(total=last, initial=run.step, desc=f"{stage:8}", unit="step", disable=rank > 0)
     held_out_loss = lambda x0: training_loss(stage, run.ema, run.denoiser, x0, s).expand(len(x0))
-    shown, since = {}, (run.step, time.perf_counter())
+    shown, since, stopped = {}, (run.step, time.perf_counter()), False
     with log, data.progress(**bar) as bar:
-        while run.step < last:
+        while run.step < last and not stopped:
             rate = learning_rate(s, stage, run.step)
             for group in (group for each in run.optimizers for group in each.param_groups):
                 group["lr"] = rate
@@ -384,8 +384,6 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
             bar.set_postfix(shown, refresh=False)
             if rank == 0 and (saving or stopped):
                 save(run, s, stage, log)
-            if stopped:
-                break
     return run.step == last
 
 
