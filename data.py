@@ -626,9 +626,10 @@ def main(argv=None):
         meta, shards = open_split(out, split)
         tokens = sum(tokens for _, _, tokens in shards)
         print(f"{out}: {tokens:,} {meta['tokenizer']} tokens to {split} in {len(shards)} shards")
+    # train.py has presets for these folders
+    known = out in ("data/toy", "data/shakespeare", "data/openwebtext", "data/text8")
     small = " --block_size 128 --n_layer 4 --n_embd 128 --batch_size 32"
-    flags = {"toy": "", "text": small, "openwebtext": " --preset owt", "text8": " --preset text8"}
-    print(f"next: python train.py --data {out}{flags[source]}")
+    print(f"next: python train.py --data {out}" + ("" if known else small))
 
 
 if __name__ == "__main__":
