@@ -57,7 +57,7 @@ def one_thread():
 
 INF = math.inf
 BIT = math.log(2)
-RARE = 2e-7  # below it lies one in 5 million p-values of a correct program; some 150 are tested
+RARE = 2e-7  # below it lies one in 5 million p-values of a correct program; some 110 are tested
 
 
 class World:
@@ -273,30 +273,31 @@ def test_categorical_has_the_law_of_its_logits():
 
 
 @pytest.mark.parametrize("steps", [None, 1, 2, 5])
-def test_masks_are_drawn_as_the_loss_weighs_them(steps):
-    """A size's share of the loss: the tokens that the timetables reveal out of sets of that size.
+def test_masks_and_reveals_are_drawn_as_the_loss_weighs_them(steps):
+    """S and U are as likely as a token is to be revealed so: |U| / M of their share of timetables.
 
-    Each row masks a set of such a size, all alike, never BOS; the rows of a batch are spread evenly
-    over the sizes, in random order.
+    The rows of a batch are spread evenly over the sizes of S, in random order; BOS is never in S.
     """
-    M, B, batches = 4, 64, 1500
-    share = torch.zeros(M + 1, dtype=torch.float64)
-    for (S, U, _), times in reveals(M, steps).items():
+    M, B, window, draws, sizes = 4, 64, 0.4, [], []
+    law, share = torch.zeros(2, 32, 32), torch.zeros(M + 1, dtype=torch.float64)
+    for (S, U, inside), times in reveals(M, steps, window).items():
+        law[int(inside), sum(2**i for i in S), sum(2**i for i in U)] += times * len(U) / M
         share[len(S)] += times * len(U) / M
     weights = edlm.step_weights(M, 4000 if steps is None else steps).sum(dim=0)
     close(weights, share[1:], atol=1e-3 if steps is None else 1e-12)  # many steps tend to None
     torch.manual_seed(0)
-    x0, sets = torch.randint(3, (B, M + 1)), torch.empty(batches, B, M, dtype=torch.bool)
-    for row in sets:
+    x0, bits = torch.randint(3, (B, M + 1)), 2 ** torch.arange(M + 1)
+    for _ in range(1500):
         x_t, hidden, n = edlm.corrupt(x0, mask_id=3, steps=steps)
-        row[:] = hidden[:, 1:]
-        assert torch.equal(x_t, x0.masked_fill(hidden, 3)) and torch.equal(row.sum(dim=1), n)
+        revealed, inside = edlm.draw_reveal(hidden, n, steps, window)
+        assert torch.equal(x_t, x0.masked_fill(hidden, 3)) and torch.equal(hidden.sum(dim=1), n)
         assert ((torch.bincount(n, minlength=M + 1) - B * share).abs() < 2).all()
-    codes, n = (sets * 2 ** torch.arange(M)).sum(dim=2), sets.sum(dim=2)  # [batches, B] both
-    sizes = torch.tensor([code.bit_count() for code in range(2**M)])
-    law = share[sizes] / torch.bincount(sizes)[sizes]
-    assert p_value(codes[:, 0], law) > RARE and p_value(codes.flatten(), law) > RARE
-    alike = (n[:, 0] == n[:, 1]).double()[:, None]  # neighbours; unshuffled, nearly always alike
+        S, U = ((which * bits).sum(dim=1) for which in (hidden, revealed))
+        draws.append(1024 * inside + 32 * S + U)
+        sizes.append(n)
+    draws, sizes = torch.stack(draws), torch.stack(sizes)  # [1500, B] both
+    assert all(p_value(codes, law.flatten()) > RARE for codes in (draws[:, 0], draws.flatten()))
+    alike = (sizes[:, :1] == sizes[:, 1:2]).double()  # neighbours; unshuffled, nearly always alike
     assert_mean(alike, [share.square().sum()], slack=1 / B)
 
 
@@ -434,7 +435,6 @@ def test_wrong_arguments_are_refused():
         (joint, dict(n=1), dict(n=2, log_partition="middle"), dict(n=2, steps=0)),
         (bound, dict(k=0), dict(k=3), dict(k=2, window=1.5), dict(k=2, steps=0)),
         (edlm.nce_loss, dict(denoiser=denoiser, energy=nce, x0=world.x0s, mask_id=2)),
-        (edlm.alpha, dict(t=torch.ones(1), schedule="no")),
         (ar.transformer, dict(h=torch.zeros(1, 5, 8))),  # longer than the block
         (ar.sample, dict(x=world.x0s, length=5)),
         (partial(edlm.Config, 2, 4, 1), dict(n_head=2, n_embd=10), dict(n_head=0, n_embd=8)),
@@ -508,7 +508,6 @@ def test_sampler_nelbo_is_the_enumerated_bound(window, steps, k):
         if steps is None:
             close(per_row(partial(edlm.nelbo, world.denoiser, mask_id=3), rows, 3000), factorised)
         return assert_mean(factorised, plain)
-    assert (truth - plain).abs().max() > 0.04 * truth.mean()  # or the test could not fail
     loose, tight = draws(k, k, 3000) - factorised, draws(k, 200, 800) - draws(1, 200, 800)
     assert (loose.mean(dim=0) >= truth - plain - 6 * standard_error(loose)).all()
     assert_mean(tight, truth - plain, slack=0.005 * truth)
@@ -711,24 +710,25 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("name", edlm.ENERGIES)
 def test_nothing_as_large_as_all_logits_is_held(name, monkeypatch):
-    """64 candidates need no tensor larger than the denoiser's [N, V] logits, which one needs too.
+    """200 candidates need no tensor larger than the denoiser's [N, V] logits, which one needs too.
 
-    The AR model holds ROWS rows at most, in training as well.
+    The AR model makes ROWS rows at a time, and keeps none for the backward pass.
     """
     config, V, N, rows = edlm.Config(3000, 16, 1, 2, 8), 3008, 30, 10  # V with its padding
     ar, denoiser = edlm.AutoregressiveLM(config).eval(), edlm.Denoiser(config).eval()
     models = dict(ar=ar, energy=edlm.NCEResidual.from_denoiser(denoiser).eval())
     monkeypatch.setattr(edlm, "ROWS", rows)
-    monkeypatch.setattr(edlm, "JUDGED_TOKENS", 64)
+    monkeypatch.setattr(edlm, "JUDGED_TOKENS", 256)
     x = torch.full((2, 16), config.mask_id).index_fill(1, torch.tensor(0), 0)
     settings = dict(mask_id=config.mask_id, steps=2, energy=edlm.make_energy(name, models))
-    for k in (1, 64):
+    for k in (1, 200):
         with Largest() as largest:
             edlm.sample(denoiser, x, k=k, **settings)
         assert rows * V <= largest.numbers <= N * V
-    with Largest() as largest:
+    kept, keep = [], lambda value: kept.append(value.numel()) or value
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         ar.log_prob(x % 3000).sum().backward()
-    assert largest.numbers <= rows * V
+    assert largest.numbers <= rows * V and 0 < sum(kept) < N * V
 
 
 # ==================================================================================================
