@@ -256,9 +256,8 @@ def assert_mean(draws, truth, slack=1e-5):
 def test_categorical_has_the_law_of_its_logits():
     """Every row has its own softmax as law, and its k draws are independent.
 
-    That holds in the tail too: 49,900 of 50,000 tokens share a mass of 1e-4 (2e-9 each). Argmax of
-    log p plus float32 Gumbel noise never draws one: the largest noise is 16.6, and log 2e-9 = -20.
-    Due are 400 hits, with a standard deviation of 20.
+    The tail too: 49,900 of 50,000 tokens share a mass of 1e-4 (2e-9 each); due are 400 hits, with a
+    standard deviation of 20. Gumbel noise in float32 is 16.6 at most, and log 2e-9 = -20: no hit.
     """
     logits = torch.tensor([[0.0, 1, -1, 3], [5.0, -INF, 5, 2], [-1e4, -1e4 + 1, -1e4 - 2, -1e4]])
     drawn, log_p = edlm.categorical(logits, 60_000, generator=seeded(0))
@@ -448,7 +447,7 @@ def test_wrong_arguments_are_refused():
 # ------------ the estimators ----------------------------------------------------------------------
 @pytest.mark.parametrize("shift, n", [*itertools.product([0.0, 1e4, -1e4], [2, 3])])
 def test_log_partition_bounds_have_the_enumerated_means(shift, n):
-    """For different masks in one batch, in log space: the exp of the shift is 0 or infinite.
+    """For different masks in one batch, in log space: exp(1e4) is infinite, 1e4 precise to 1e-3.
 
     And Theorem 1: E[T_n] rises to log Z, the other end falls to it for n large enough.
     """
@@ -460,8 +459,7 @@ def test_log_partition_bounds_have_the_enumerated_means(shift, n):
     ends = edlm.log_partition_bounds(world.denoiser, energy, x_t.repeat(8000, 1), mask_id=3, n=n)
     for end, draws in zip(("lower", "upper"), ends, strict=True):
         truth = [log_z(world, code, n, end) - shift for code in world.code(x_t).tolist()]
-        rounding = 2e-3 if shift else 1e-5  # of float32 near 1e4
-        assert_mean(draws.double().view(8000, -1), truth, slack=rounding)
+        assert_mean(draws.double().view(8000, -1), truth, slack=2e-3 if shift else 1e-5)
     code = world.code(x_t[1]).item()
     lower, upper = ([log_z(world, code, m, e) for m in (4, 7, 11)] for e in ("lower", "upper"))
     assert lower[0] < lower[1] < lower[2] < log_z(world, code, INF) < upper[2] < upper[1]
@@ -508,12 +506,14 @@ def test_sampler_nelbo_is_the_enumerated_bound(window, steps, k):
         if steps is None:
             close(per_row(partial(edlm.nelbo, world.denoiser, mask_id=3), rows, 3000), factorised)
         return assert_mean(factorised, plain)
-    loose, tight = draws(k, k, 3000) - factorised, draws(k, 200, 800) - draws(1, 200, 800)
+    table = lambda c, x_t, log_q: world.E[world.code(x_t)[:, None], world.code(c)]  # noqa: E731
+    loose = draws(k, k, 3000) - factorised
+    tight = draws(k, 200, 1000, table) - draws(1, 200, 1000)
     assert (loose.mean(dim=0) >= truth - plain - 6 * standard_error(loose)).all()
     assert_mean(tight, truth - plain, slack=0.005 * truth)
     mean = tight.mean(dim=1, keepdim=True)
     assert_mean(mean, [(truth - plain).mean()], slack=0.005 * truth.mean())
-    assert standard_error(mean) < 0.005 * truth.mean() < loose.mean() - tight.mean()
+    assert standard_error(mean) < 0.005 * truth.mean()
 
 
 @pytest.mark.parametrize("T, bits, k", [(1, 1, 1), (2, 3 / 4, 2), (64, 65 / 128, 4)])
@@ -573,7 +573,7 @@ def test_nce_optimum_is_the_log_ratio(negatives, ranking):
     """Energy as a free table: the expected gradient is 0 at E = log mu - log q(x0 | x_t).
 
     One above it every cell's is positive, but ranking leaves a constant free; at E = 0 it leads
-    towards the optimum. Bounds of 6 standard errors out of 100 means (by chance beyond: 3e-8).
+    towards the optimum. Beyond 6 standard errors of 100 means: by chance 3e-8; below 3: 1e-7.
     """
     world = World(3, 3, seed=9, scale=0.7)
     data = torch.randn(9, generator=seeded(0)).double().softmax(dim=0)
@@ -597,7 +597,7 @@ def test_nce_optimum_is_the_log_ratio(negatives, ranking):
 
     above, at_zero = z_scores(best + 1), z_scores(0 * best)
     assert z_scores(best).abs().max() < 6
-    assert above.abs().max() < 6 if ranking else above.min() > 6
+    assert above.abs().max() < 6 if ranking else above.min() > 3
     assert at_zero.abs().max() > 6 and (at_zero * best[cells].sign()).max() < 6
 
 
