@@ -53,7 +53,7 @@ def one_thread():
 
 INF = math.inf
 BIT = math.log(2)
-RARE = 2e-7  # below it lies one in 5 million p-values of a correct program; some 150 are tested
+RARE = 2e-7  # below it lies one in 5 million p-values of a correct program; some 110 are tested
 
 
 class World:
@@ -252,9 +252,8 @@ def assert_mean(draws, truth, slack=1e-5):
 def test_categorical_has_the_law_of_its_logits():
     """Every row has its own softmax as law, and its k draws are independent.
 
-    That holds in the tail too: 49,900 of 50,000 tokens share a mass of 1e-4 (2e-9 each). Argmax of
-    log p plus float32 Gumbel noise never draws one: the largest noise is 16.6, and log 2e-9 = -20.
-    Due are 400 hits, with a standard deviation of 20.
+    The tail too: 49,900 of 50,000 tokens share a mass of 1e-4 (2e-9 each); due are 400 hits, with a
+    standard deviation of 20. Gumbel noise in float32 is 16.6 at most, and log 2e-9 = -20: no hit.
     """
     logits = torch.tensor([[0.0, 1, -1, 3], [5.0, -INF, 5, 2], [-1e4, -1e4 + 1, -1e4 - 2, -1e4]])
     drawn, log_p = edlm.categorical(logits, 60_000, generator=seeded(0))
@@ -269,30 +268,31 @@ def test_categorical_has_the_law_of_its_logits():
 
 
 @pytest.mark.parametrize("steps", [None, 1, 2, 5])
-def test_masks_are_drawn_as_the_loss_weighs_them(steps):
-    """A size's share of the loss: the tokens that the timetables reveal out of sets of that size.
+def test_masks_and_reveals_are_drawn_as_the_loss_weighs_them(steps):
+    """S and U are as likely as a token is to be revealed so: |U| / M of their share of timetables.
 
-    Each row masks a set of such a size, all alike, never BOS; the rows of a batch are spread evenly
-    over the sizes, in random order.
+    The rows of a batch are spread evenly over the sizes of S, in random order; BOS is never in S.
     """
-    M, B, batches = 4, 64, 1500
-    share = torch.zeros(M + 1, dtype=torch.float64)
-    for (S, U, _), times in reveals(M, steps).items():
+    M, B, window, draws, sizes = 4, 64, 0.4, [], []
+    law, share = torch.zeros(2, 32, 32), torch.zeros(M + 1, dtype=torch.float64)
+    for (S, U, inside), times in reveals(M, steps, window).items():
+        law[int(inside), sum(2**i for i in S), sum(2**i for i in U)] += times * len(U) / M
         share[len(S)] += times * len(U) / M
     weights = edlm.step_weights(M, 4000 if steps is None else steps).sum(dim=0)
     close(weights, share[1:], atol=1e-3 if steps is None else 1e-12)  # many steps tend to None
     torch.manual_seed(0)
-    x0, sets = torch.randint(3, (B, M + 1)), torch.empty(batches, B, M, dtype=torch.bool)
-    for row in sets:
+    x0, bits = torch.randint(3, (B, M + 1)), 2 ** torch.arange(M + 1)
+    for _ in range(1500):
         x_t, hidden, n = edlm.corrupt(x0, mask_id=3, steps=steps)
-        row[:] = hidden[:, 1:]
-        assert torch.equal(x_t, x0.masked_fill(hidden, 3)) and torch.equal(row.sum(dim=1), n)
+        revealed, inside = edlm.draw_reveal(hidden, n, steps, window)
+        assert torch.equal(x_t, x0.masked_fill(hidden, 3)) and torch.equal(hidden.sum(dim=1), n)
         assert ((torch.bincount(n, minlength=M + 1) - B * share).abs() < 2).all()
-    codes, n = (sets * 2 ** torch.arange(M)).sum(dim=2), sets.sum(dim=2)  # [batches, B] both
-    sizes = torch.tensor([code.bit_count() for code in range(2**M)])
-    law = share[sizes] / torch.bincount(sizes)[sizes]
-    assert p_value(codes[:, 0], law) > RARE and p_value(codes.flatten(), law) > RARE
-    alike = (n[:, 0] == n[:, 1]).double()[:, None]  # neighbours; unshuffled, nearly always alike
+        S, U = ((which * bits).sum(dim=1) for which in (hidden, revealed))
+        draws.append(1024 * inside + 32 * S + U)
+        sizes.append(n)
+    draws, sizes = torch.stack(draws), torch.stack(sizes)  # [1500, B] both
+    assert all(p_value(codes, law.flatten()) > RARE for codes in (draws[:, 0], draws.flatten()))
+    alike = (sizes[:, :1] == sizes[:, 1:2]).double()  # neighbours; unshuffled, nearly always alike
     assert_mean(alike, [share.square().sum()], slack=1 / B)
 
 
@@ -430,7 +430,6 @@ def test_wrong_arguments_are_refused():
         (joint, dict(n=1), dict(n=2, log_partition="middle"), dict(n=2, steps=0)),
         (bound, dict(k=0), dict(k=3), dict(k=2, window=1.5), dict(k=2, steps=0)),
         (edlm.nce_loss, dict(denoiser=denoiser, energy=nce, x0=world.x0s, mask_id=2)),
-        (edlm.alpha, dict(t=torch.ones(1), schedule="no")),
         (ar.transformer, dict(h=torch.zeros(1, 5, 8))),  # longer than the block
         (ar.sample, dict(x=world.x0s, length=6)),
         (partial(edlm.Config, 2, 4, 1), dict(n_head=2, n_embd=10), dict(n_head=0, n_embd=8)),
@@ -444,7 +443,7 @@ def test_wrong_arguments_are_refused():
 # ------------ the estimators ----------------------------------------------------------------------
 @pytest.mark.parametrize("shift, n", [*itertools.product([0.0, 1e4, -1e4], [2, 3])])
 def test_log_partition_bounds_have_the_enumerated_means(shift, n):
-    """For different masks in one batch, in log space: the exp of the shift is 0 or infinite.
+    """For different masks in one batch, in log space: exp(1e4) is infinite, 1e4 precise to 1e-3.
 
     And Theorem 1: E[T_n] rises to log Z, the other end falls to it for n large enough.
     """
@@ -456,8 +455,7 @@ def test_log_partition_bounds_have_the_enumerated_means(shift, n):
     ends = edlm.log_partition_bounds(world.denoiser, energy, x_t.repeat(8000, 1), mask_id=3, n=n)
     for end, draws in zip(("lower", "upper"), ends, strict=True):
         truth = [log_z(world, code, n, end) - shift for code in world.code(x_t).tolist()]
-        rounding = 2e-3 if shift else 1e-5  # of float32 near 1e4
-        assert_mean(draws.double().view(8000, -1), truth, slack=rounding)
+        assert_mean(draws.double().view(8000, -1), truth, slack=2e-3 if shift else 1e-5)
     code = world.code(x_t[1]).item()
     lower, upper = ([log_z(world, code, m, e) for m in (4, 7, 11)] for e in ("lower", "upper"))
     assert lower[0] < lower[1] < lower[2] < log_z(world, code, INF) < upper[2] < upper[1]
@@ -504,13 +502,14 @@ def test_sampler_nelbo_is_the_enumerated_bound(window, steps, k):
         if steps is None:
             close(per_row(partial(edlm.nelbo, world.denoiser, mask_id=3), rows, 3000), factorised)
         return assert_mean(factorised, plain)
-    assert (truth - plain).abs().max() > 0.04 * truth.mean()  # or the test could not fail
-    loose, tight = draws(k, k, 3000) - factorised, draws(k, 200, 800) - draws(1, 200, 800)
+    table = lambda c, x_t, log_q: world.E[world.code(x_t)[:, None], world.code(c)]
+    loose = draws(k, k, 3000) - factorised
+    tight = draws(k, 200, 1000, table) - draws(1, 200, 1000)
     assert (loose.mean(dim=0) >= truth - plain - 6 * standard_error(loose)).all()
     assert_mean(tight, truth - plain, slack=0.005 * truth)
     mean = tight.mean(dim=1, keepdim=True)
     assert_mean(mean, [(truth - plain).mean()], slack=0.005 * truth.mean())
-    assert standard_error(mean) < 0.005 * truth.mean() < loose.mean() - tight.mean()
+    assert standard_error(mean) < 0.005 * truth.mean()
 
 
 @pytest.mark.parametrize("T, bits, k", [(1, 1, 1), (2, 3 / 4, 2), (64, 65 / 128, 4)])
@@ -570,7 +569,7 @@ def test_nce_optimum_is_the_log_ratio(negatives, ranking):
     """Energy as a free table: the expected gradient is 0 at E = log mu - log q(x0 | x_t).
 
     One above it every cell's is positive, but ranking leaves a constant free; at E = 0 it leads
-    towards the optimum. Bounds of 6 standard errors out of 100 means (by chance beyond: 3e-8).
+    towards the optimum. Beyond 6 standard errors of 100 means: by chance 3e-8; below 3: 1e-7.
     """
     world = World(3, 3, seed=9, scale=0.7)
     data = torch.randn(9, generator=seeded(0)).double().softmax(dim=0)
@@ -594,7 +593,7 @@ def test_nce_optimum_is_the_log_ratio(negatives, ranking):
 
     above, at_zero = z_scores(best + 1), z_scores(0 * best)
     assert z_scores(best).abs().max() < 6
-    assert above.abs().max() < 6 if ranking else above.min() > 6
+    assert above.abs().max() < 6 if ranking else above.min() > 3
     assert at_zero.abs().max() > 6 and (at_zero * best[cells].sign()).max() < 6
 
 
@@ -660,24 +659,25 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("name", edlm.ENERGIES)
 def test_nothing_as_large_as_all_logits_is_held(name, monkeypatch):
-    """64 candidates need no tensor larger than the denoiser's [N, V] logits, which one needs too.
+    """200 candidates need no tensor larger than the denoiser's [N, V] logits, which one needs too.
 
-    The AR model holds ROWS rows at most, in training as well.
+    The AR model makes ROWS rows at a time, and keeps none for the backward pass.
     """
     config, V, N, rows = edlm.Config(3000, 16, 1, 2, 8), 3008, 30, 10  # V with its padding
     ar, denoiser = edlm.AutoregressiveLM(config).eval(), edlm.Denoiser(config).eval()
     models = dict(ar=ar, energy=edlm.NCEResidual.from_denoiser(denoiser).eval())
     monkeypatch.setitem(edlm.ROWS, "cpu", rows)
-    monkeypatch.setattr(edlm, "JUDGED_TOKENS", 64)
+    monkeypatch.setattr(edlm, "JUDGED_TOKENS", 256)
     x = torch.full((2, 16), config.mask_id).index_fill(1, torch.tensor(0), 0)
     settings = dict(mask_id=config.mask_id, steps=2, energy=edlm.make_energy(name, models))
-    for k in (1, 64):
+    for k in (1, 200):
         with Largest() as largest:
             edlm.sample(denoiser, x, k=k, **settings)
         assert rows * V <= largest.numbers <= N * V
-    with Largest() as largest:
+    kept, keep = [], lambda value: kept.append(value.numel()) or value
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
         ar.log_prob(x % 3000).sum().backward()
-    assert largest.numbers <= rows * V
+    assert largest.numbers <= rows * V and 0 < sum(kept) < N * V
 
 
 # ------------ 2. Data: toy language, tokenizers, shards, archives, kills, downloads ---------------
@@ -1637,8 +1637,10 @@ def test_readme_commands_and_help_run(here, monkeypatch, capsys):
 
 
 def test_readme_python_runs_and_links_exist(here, capsys):
-    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", (ROOT / "README.md").read_text())
+    text = (ROOT / "README.md").read_text()
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
     assert [link for link in links if not (ROOT / link).exists()] == []
+    assert set(re.findall(r"`(test_\w+)`", text)) <= set(globals())
     shutil.copytree("data/small", "data/toy")
     names = {}
     for block in code_blocks("python"):
