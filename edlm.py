@@ -244,7 +244,7 @@ def corrupt(x0: Tensor, *, mask_id: int, steps=None) -> tuple[Tensor, Tensor, Te
 
 # ------------ 3. The denoiser and its NELBO -------------------------------------------------------
 
-ROWS = {"cuda": 2048, "cpu": 96}  # of V numbers at once: they fill a GPU, and fit a CPU's cache
+ROWS = {"cuda": 2048, "cpu": 64}  # of V numbers at once: they fill a GPU, and fit a CPU's cache
 
 
 class Denoiser(nn.Module):

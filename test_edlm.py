@@ -1190,10 +1190,11 @@ MISTAKES = {  # what follows which start of a command, and the message, if not t
         --watch --model ar; --k 4 --model ar; --watch --compare; --window 0 --energy none;
         --infill ___ --prompt ben; --judge gpt2""",
     (FRESH, ""): """--stepz 4; --stage ar,energy; --n_layer 0; --lr nan; --lr -1; --ema 1; --n 1;
-        --seed 99999999999999999999999; --device cuda; --resume --overwrite --out out/toy""",
+        --seed 99999999999999999999999; --device cuda; --resume --overwrite --out out/toy;
+        --steps 9""",
     (AGAIN, ""): "--dropout 0.3 --stage energy; --block_size 22; --micro_batch 3",
     (AGAIN, "n_embd must be a multiple"): "--n_head 3",
-    (EVAL, "needs 1 <= k <= n"): "--n 4 --k 8",
+    (EVAL, "too few for --k 8"): "--n 4 --k 8",
     ("sample.py", "cannot write nowhere/figures.json"): "--json nowhere/figures.json",
     (EVAL, "cannot write out"): "--json out",
     ("sample.py", "prompt has 20 tokens, 19 fit"): f"--prompt 'ben{' has' * 19}'",
@@ -1356,9 +1357,10 @@ def test_two_processes_do_what_one_does_and_stop_together(here):
             assert row == pytest.approx(other, rel=2e-3)
 
 
-def test_settings_come_from_the_checkpoint_and_flags_win(here):
+def test_settings_come_from_the_checkpoint_and_flags_win(here, capsys):
     before, log = snapshot(), saved("out/toy", "ar")["log"]
     assert call(RESUME) == 0 and snapshot() == before  # all is finished
+    refuses(capsys, LONGER, "energy.pt corrects this denoiser as it is")
     assert call(f"{RESUME} --stage ar --max_steps 8 --lr 0.001") == 0
     longer, settings = saved("out/toy", "ar")["log"], train.saved_settings("out/toy", resume=True)
     assert longer[: len(log)] == log and [row["step"] for row in longer[len(log) :]] == [7, 8, 8]

@@ -9,9 +9,8 @@
 Stages: `denoiser` (masked diffusion), `ar` (autoregressive), `energy` (noise-contrastive estimation
 against the finished denoiser). Each writes out/<name>/<stage>.pt and <stage>.jsonl.
 
-A run is a function of its settings: data order and random numbers of micro-batch m of step s derive
-from (seed, s, m). So a resumed run repeats an uninterrupted one exactly, and W processes do what
-one process does with W micro-batches.
+The randomness of micro-batch m of step s derives from (seed, s, m) alone. So a resumed run repeats
+an uninterrupted one (on a CPU exactly), and W processes do what one does with W micro-batches.
 """
 
 import argparse
@@ -49,7 +48,6 @@ PRESETS = {
     "toy": dict(LAPTOP, data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64)
     | dict(lr=0.018, energy_lr=0.008, batch_size=128, micro_batch=128, save_every=200)
     | dict(denoiser_steps=500, ar_steps=200, energy_steps=450, nce="ranking", negatives=3),
-    # Half an hour on two CPU cores, bytes.
     "shakespeare": dict(LAPTOP, data="data/shakespeare", block_size=128, n_layer=3, n_head=6)
     | dict(n_embd=192, lr=0.012, energy_lr=0.006, batch_size=16)
     | dict(denoiser_steps=1900, ar_steps=750, energy_steps=750),
@@ -94,17 +92,17 @@ class Settings:
     stage: str = option("what to train", "all", choices=(*STAGES, "all"))
     seed: int = option("seed of weights, data order and masks", 0, 0)
     max_steps: int = option("steps of every stage, instead of the three above", 0, 0)
+    eval_blocks: int = option("validation blocks to evaluate on; --eval: 64 if not given", 1000)
     out: str = option("folder of the run (default: out/ + the name of the data folder)", "")
     resume: bool = option("continue the run in --out, with its own settings", False)
     overwrite: bool = option("train anew over what --out holds", False)
     device: str = option("default: cuda where there is one", "", choices=("", "cuda", "cpu"))
     eval: bool = option("evaluate the checkpoints in --out instead of training", False)
-    eval_blocks: int = option("validation blocks to evaluate on; --eval: 64 if not given", 1000)
     passes: int = option("--eval: masks drawn for each validation block", 1)
     steps: tuple = option("--eval: numbers of decoding steps T, as 2,4,8", (2, 4, 8))
     k: tuple = option("--eval: numbers of candidates, as 4,16", (4, 16))
     n: int = option("--eval: draws for each expectation over candidates", 128, 2)
-    detokenize: str = option("--eval: undo a corpus' tokens", "", choices=("", *CORPORA))
+    detokenize: str = option("--eval of a text: undo a corpus' tokens", "", choices=("", *CORPORA))
     json: str = option("--eval: also write the table to this file", "")
     import_: str = option("make a stage of --out of this published file, tokenizer gpt2", "")
 
@@ -116,12 +114,10 @@ class Settings:
             if not right or (number and not low <= value < high):
                 limits = f" of at least {low} and below {high}" if number else ""
                 raise ValueError(f"--{f.name} must be {f.type.__name__}{limits}, not {value!r}")
+        if self.eval and max(self.k) > self.n:
+            raise ValueError(f"--n {self.n} draws are too few for --k {max(self.k)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite ends it: give one of them")
-
-    def config(self, vocab_size: int) -> edlm.Config:
-        """The shape of the networks."""
-        return edlm.Config(vocab_size, *(getattr(self, name) for name in SHAPE))
 
 
 def parse(argv=None) -> Settings:
@@ -140,17 +136,19 @@ def parse(argv=None) -> Settings:
         form = dict(action="store_true") if f.type is bool else form
         parser.add_argument("--" + f.name.rstrip("_"), dest=f.name, help=text, **form)
     given = vars(parser.parse_args(argv))
-    named = [name for name, preset in PRESETS.items() if preset["data"] == given.get("data")]
-    named = ["owt"] if "import_" in given else [*named, "toy"]  # for the block of the published
+    named = [n for n, p in PRESETS.items() if p["data"] == given.get("data", "").rstrip("/")]
+    named = ["owt"] if given.get("import_") else [*named, "toy"]  # for the block of the published
     values = PRESETS[given.pop("preset", named[0])]
     source = given.get("data", values["data"])
-    if "eval" in given and Path(source).is_file():
-        source = values["data"]  # a text has no run of its own
-    if "max_steps" in given:
+    source = values["data"] if Path(source).is_file() else source  # a text has no run of its own
+    if given.get("max_steps"):
         given |= {f"{stage}_steps": given["max_steps"] for stage in STAGES}
-    given.setdefault("out", str(Path("out") / Path(source).stem))
+    given.setdefault("out", str(Path("out") / Path(source).name))
+    idle = [n for n in ("passes", "steps", "k", "n", "detokenize", "json") if n in given]
     if "eval" in given:
         given.setdefault("eval_blocks", 64)  # bounds cost 2 n energies a block
+    elif idle:
+        parser.error(f"--{idle[0]} has an effect with --eval only")
     if "resume" in given or "eval" in given:
         values = values | saved_settings(given["out"], "resume" in given)
     elif given.get("stage") == "energy":
@@ -243,7 +241,7 @@ class Run:
 
 def begin(s: Settings, stage: str, blocks: data.Blocks, device) -> Run:
     """A stage at its first step, or where --resume finds it. ValueError if it fits not together."""
-    config = s.config(blocks.vocab_size)
+    config = edlm.Config(blocks.vocab_size, *(getattr(s, name) for name in SHAPE))
     facts = dict(tokenizer=blocks.tokenizer, corpus=[len(blocks), *blocks.meta["source"]])
     torch.manual_seed(s.seed)
     denoiser = None
@@ -309,14 +307,18 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
     run, last = begin(s, stage, blocks, device), getattr(s, f"{stage}_steps")
     if run.step >= last:
         return True
+    if stage == "denoiser" and s.resume and (path := checkpoint_path(s.out, "energy")).exists():
+        if edlm.load_checkpoint(path)[1].get("denoiser") == edlm.fingerprint(run.ema):
+            raise ValueError(f"{path} corrects this denoiser as it is: move it away to go on")
     model, on_gpu = run.model, device.type == "cuda"
     # the energy sees as many candidates a step, however many negatives each block has
     batch = s.batch_size if stage != "energy" else max(1, 2 * s.batch_size // (1 + s.negatives))
     micro = min(s.micro_batch, max(1, batch // world))
+    accumulate = batch // (micro * world)
+    batch = accumulate * micro * world if stage == "energy" else batch
     part = dict(seed=s.seed, rank=rank, world=world, start_step=run.step)
     order = data.BatchOrder(len(blocks), batch, micro, **part)
     loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu))
-    accumulate = batch // (micro * world)
     if on_gpu:  # shapes are fixed in the transformer: only the head sees the number of masks vary
         for network in filter(None, (model, run.denoiser)):
             network.transformer.compile(dynamic=False)
@@ -476,8 +478,7 @@ def estimators(models: dict, s: Settings) -> list[tuple]:
 @torch.no_grad()
 def evaluate(s: Settings, device) -> list[dict]:
     """Rows of the perplexity table for the checkpoints in --out. ValueError if data do not fit."""
-    wanted = STAGES if s.steps else ("denoiser", "ar")
-    found = [stage for stage in wanted if checkpoint_path(s.out, stage).exists()]
+    found = [x for x in STAGES if checkpoint_path(s.out, x).exists() and (s.steps or x != "energy")]
     models, tokenizer = edlm.load_models(s.out, found, device)
     config, is_text, rows = models[found[0]].config, Path(s.data).is_file(), []
     if is_text:
@@ -516,14 +517,14 @@ def table_row(name, what, nats: torch.Tensor, config: edlm.Config, tokenizer: st
 
 def print_table(rows: list[dict]) -> None:
     """The table on the screen."""
-    columns = dict(nats_per_token=".4f", standard_error=".4f", perplexity=".3f")
+    columns = dict(sequences=",", nats_per_token=".4f", standard_error=".4f", perplexity=".3f")
     columns |= dict(bits_per_character=".3f", with_quarter_n=".4f")
     columns = {key: form for key, form in columns.items() if any(key in row for row in rows)}
     print("\n" + " " * 40 + "".join(f"{key.replace('_', ' '):>20}" for key in columns))
     for row in rows:
         cells = (format(row[key], form) if row.get(key) else "" for key, form in columns.items())
         print(f"{row['model']:31}{row['what']:9}" + "".join(f"{cell:>20}" for cell in cells))
-    print(f"{rows[-1]['sequences']:,} sequences, {rows[-1]['tokens']:,} tokens scored\n")
+    print()
 
 
 def import_weights(s: Settings) -> None:
@@ -544,10 +545,8 @@ def import_weights(s: Settings) -> None:
 def main(argv=None) -> None:
     """The command line: `python train.py --help`."""
     s = parse(argv)
-    if s.import_:
-        return import_weights(s)
-    if not s.eval:
-        return train(s)
+    if s.import_ or not s.eval:
+        return import_weights(s) if s.import_ else train(s)
     if s.json:
         data.check_target(s.json)
     rows = evaluate(s, edlm.pick_device(s.device))
