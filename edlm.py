@@ -338,13 +338,13 @@ class AutoregressiveLM(nn.Module):
         hidden = self.transformer(self.transformer.embed(x[:, :-1]))  # token i is read off i - 1
 
         def score(hidden, target):
-            return -F.cross_entropy(self.head(hidden).float(), target, reduction="none")
+            logits = self.head(hidden).float()  # [rows, V]
+            return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)
 
         if torch.is_grad_enabled():
             score = functools.partial(checkpoint, score, use_reentrant=False)
         both = hidden.flatten(0, 1), x[:, 1:].flatten()
-        pieces = zip(*(part.split(ROWS[x.device.type]) for part in both), strict=True)
-        log_p = torch.cat([score(h, target) for h, target in pieces])  # [B (L - 1)]
+        log_p = torch.cat([*map(score, *(part.split(ROWS[x.device.type]) for part in both))])
         return F.pad(log_p.view(B, L - 1), (1, 0))
 
     forward = log_prob  # what a training wrapper calls

@@ -50,7 +50,7 @@ PRESETS = {
     | dict(denoiser_steps=500, ar_steps=200, energy_steps=450, nce="ranking", negatives=3),
     "shakespeare": dict(LAPTOP, data="data/shakespeare", block_size=128, n_layer=3, n_head=6)
     | dict(n_embd=192, lr=0.012, energy_lr=0.006, batch_size=16)
-    | dict(denoiser_steps=1900, ar_steps=750, energy_steps=750),
+    | dict(denoiser_steps=1900, ar_steps=600, energy_steps=450),
     # Width 768, because the paper's 784 does not divide into 12 heads.
     "text8": dict(data="data/text8", block_size=256, dropout=0.05, micro_batch=64)
     | dict(warmup_steps=2000, lr_schedule="cosine", energy_steps=10_000),
