@@ -132,15 +132,15 @@ def init_weights(module: nn.Module) -> None:
 
 
 class Head(nn.Linear):
-    """Hidden states Float[..., d] -> logits Float[..., V]."""
+    """The layer of logits, V rounded up to 64: GPUs are slow at odd sizes, as GPT-2's V = 50257."""
 
     def __init__(self, config: Config):
-        # a multiple of 64 rows: GPUs are slow at odd sizes, such as GPT-2's V = 50257
         super().__init__(config.n_embd, math.ceil(config.vocab_size / 64) * 64)
         self.vocab_size = config.vocab_size
         init_weights(self)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states Float[..., d] -> logits Float[..., V]."""
         return super().forward(hidden)[..., : self.vocab_size]
 
 
@@ -337,14 +337,14 @@ class AutoregressiveLM(nn.Module):
         B, L = x.shape
         hidden = self.transformer(self.transformer.embed(x[:, :-1]))  # token i is read off i - 1
 
-        def score(hidden, target):
+        def _score(hidden, target):
             logits = self.head(hidden).float()  # [rows, V]
             return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)
 
         if torch.is_grad_enabled():
-            score = functools.partial(checkpoint, score, use_reentrant=False)
+            _score = functools.partial(checkpoint, _score, use_reentrant=False)
         both = hidden.flatten(0, 1), x[:, 1:].flatten()
-        log_p = torch.cat([*map(score, *(part.split(ROWS[x.device.type]) for part in both))])
+        log_p = torch.cat([*map(_score, *(part.split(ROWS[x.device.type]) for part in both))])
         return F.pad(log_p.view(B, L - 1), (1, 0))
 
     forward = log_prob  # what a training wrapper calls
@@ -806,7 +806,7 @@ RENAMED |= {"blocks": "transformer.blocks", "attn_qkv": "qkv", "sigma_map.mlp": 
 RENAMED |= {"energy_head": "mlp", "mlp.0": "mlp_in", "mlp.2": "mlp_out"}
 
 
-class Inert:  # stands for all that a pickle names but tensors and plain containers
+class _Inert:  # stands for all that a pickle names but tensors and plain containers
     __init__ = __setstate__ = lambda self, *args: None
 
 
@@ -821,7 +821,7 @@ def read_published(path) -> dict[str, Tensor]:
         if sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
             raise ValueError("its parts claim more bytes than it has")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        known = {name: Inert for name in names} | {"collections.defaultdict": lambda *factory: {}}
+        known = {name: _Inert for name in names} | {"collections.defaultdict": lambda *factory: {}}
         with torch.serialization.safe_globals([(known[name], name) for name in known]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     w = content.get("state_dict", content)
