@@ -39,14 +39,16 @@ from tqdm import tqdm
 #
 # A story is a template with its slots filled. A slot that occurs twice must say the same thing
 # twice: that long-range agreement is what a factorised denoiser breaks and what EDLM mends. {he}
-# agrees with {name}; {she} with {friend}, who is never {name}; the last two verbs belong together.
+# agrees with {name}, {she} with {friend}; the last two verbs belong together. Names are of two sets,
+# for that two words must *differ* is a rule which takes a network of this size far longer to learn.
 
 TOY_TEMPLATES = tuple(
     "{name} has a {colour} {object}. {he} VERB it to {friend} today. {she} ".replace("VERB", verb)
     + f"{last} the {{colour}} {{object}}."
     for verb, last in (("gives", "likes"), ("shows", "wants"), ("sells", "keeps"))
 )
-TOY_PRONOUNS = {"ben": "he", "tom": "he", "max": "he", "ann": "she", "sue": "she", "mia": "she"}
+TOY_NAMES = {"ben": "he", "tom": "he", "max": "he", "ann": "she", "sue": "she", "mia": "she"}
+TOY_FRIENDS = {"leo": "he", "dan": "he", "eva": "she", "zoe": "she", "ivy": "she"}
 TOY_COLOURS = ("black", "red", "blue", "green")
 TOY_OBJECTS = ("boat", "ball", "kite", "book")
 TOY_LENGTH = 19  # tokens in every story
@@ -55,13 +57,11 @@ TOY_LENGTH = 19  # tokens in every story
 @functools.cache
 def toy_language():
     """The whole language: its 1,440 stories, all different, each of probability 1 / 1,440."""
-    choices = (TOY_TEMPLATES, TOY_PRONOUNS, TOY_PRONOUNS, TOY_COLOURS, TOY_OBJECTS)
+    choices = (TOY_TEMPLATES, TOY_NAMES, TOY_FRIENDS, TOY_COLOURS, TOY_OBJECTS)
     stories = []
     for template, name, friend, colour, thing in itertools.product(*choices):
-        if friend != name:
-            pronouns = dict(he=TOY_PRONOUNS[name], she=TOY_PRONOUNS[friend])
-            words = dict(name=name, friend=friend, colour=colour, object=thing)
-            stories.append(template.format(**words, **pronouns))
+        words = dict(name=name, friend=friend, colour=colour, object=thing)
+        stories.append(template.format(**words, he=TOY_NAMES[name], she=TOY_FRIENDS[friend]))
     return stories
 
 
@@ -115,8 +115,8 @@ def get_tokenizer(name):
     elif name == "text8":
         vocabulary = [character.encode() for character in "abcdefghijklmnopqrstuvwxyz "]
     else:
-        words = re.findall(PIECES["toy"], " ".join(toy_language()))
-        vocabulary = [word.encode() for word in sorted({*words, *TOY_PRONOUNS})]
+        words = {word for story in toy_language() for word in re.findall(PIECES["toy"], story)}
+        vocabulary = [word.encode() for word in sorted(words)]
     ranks = {token: i for i, token in enumerate(vocabulary)}
     end = {END_OF_TEXT: len(vocabulary)}
     return tiktoken.Encoding(name, pat_str=PIECES[name], mergeable_ranks=ranks, special_tokens=end)

@@ -432,28 +432,23 @@ def check_eval(**models) -> None:
             raise ValueError(f"the {name} is in training mode: call its model's .eval() first")
 
 
-def nce_loss(
-    denoiser, energy, x0: Tensor, *, mask_id: int, negatives: int = 1, ranking: bool = False
-) -> Tensor:
+def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
     """Noise-contrastive estimation, equation (6): a scalar, mean over the batch; no unit.
 
-    Real or not? The positive is x0 with its own x_t, the negatives are draws of the frozen denoiser
+    Real or not? The positive is x0 with its own x_t, the negative one draw of the frozen denoiser
     for the same x_t. At the optimum exp(-E) is the data's p(x0 | x_t) over mu(x0 | x_t), which
-    makes (4) the true posterior. ranking asks instead which of the candidates is the real one,
-    -log softmax(-E) of x0: then E is free up to a constant for each x_t, which sampling cancels.
-    Raises ValueError if the denoiser, which must draw as it will when sampling, is in training.
+    makes (4) the true posterior. Raises ValueError if the denoiser, which must draw as it will
+    when sampling, is in training mode.
     """
     check_eval(denoiser=denoiser)
     x_t, where, _ = corrupt(x0, mask_id=mask_id)
     with torch.no_grad():
         logits = denoiser(x_t, where)
-        fakes, _ = propose(logits, x_t, where, negatives)
-        candidates = torch.cat((x0[:, None], fakes), dim=1)  # [B, 1 + negatives, L], x0 first
+        fake, _ = propose(logits, x_t, where, 1)
+        candidates = torch.cat((x0[:, None], fake), dim=1)  # [B, 2, L]
         log_q = candidate_log_q(logits, candidates, where)
-    e = energy(candidates, x_t, log_q)  # [B, 1 + negatives]
-    if ranking:
-        return -(-e).log_softmax(dim=1)[:, 0].mean()
-    return (F.softplus(e[:, 0]) + F.softplus(-e[:, 1:]).mean(dim=1)).mean()
+    real, fake = energy(candidates, x_t, log_q).unbind(dim=1)  # E, [B] each
+    return (F.softplus(real) + F.softplus(-fake)).mean()
 
 
 # ------------ 6. Decoding by importance sampling --------------------------------------------------

@@ -564,12 +564,11 @@ def test_ar_residual(carry_over):
             close(log_p.exp().sum(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("negatives, ranking", [(1, False), (3, False), (3, True)])
-def test_nce_optimum_is_the_log_ratio(negatives, ranking):
+def test_nce_optimum_is_the_log_ratio():
     """Energy as a free table: the expected gradient is 0 at E = log mu - log q(x0 | x_t).
 
-    One above it every cell's is positive, but ranking leaves a constant free; at E = 0 it leads
-    towards the optimum. Beyond 6 standard errors of 100 means: by chance 3e-8; below 3: 1e-7.
+    One above it every cell's is positive; at E = 0 it leads towards the optimum. Beyond 6 standard
+    errors of 100 means: by chance 3e-8; below 3: 1e-7.
     """
     world = World(3, 3, seed=9, scale=0.7)
     data = torch.randn(9, generator=seeded(0)).double().softmax(dim=0)
@@ -579,21 +578,20 @@ def test_nce_optimum_is_the_log_ratio(negatives, ranking):
         q = data[((world.x0s == x_t) | (x_t == 3)).all(dim=1)]  # in the same order
         if len(x0) > 1:
             best[code, world.code(x0)] = log_q - (q / q.sum()).log()
-    cells, form = best.isfinite(), dict(mask_id=3, negatives=negatives, ranking=ranking)
-    nce_loss = partial(edlm.nce_loss, world.denoiser, world.energy, **form)
+    cells, nce_loss = best.isfinite(), partial(edlm.nce_loss, world.denoiser, world.energy)
 
     def z_scores(E):
         world.E, gradients = E.where(cells, 0).requires_grad_(), []
         torch.manual_seed(0)
         for drawn in torch.multinomial(data, 100_000, replacement=True).split(1000):
-            loss = nce_loss(x0=world.x0s[drawn])
+            loss = nce_loss(world.x0s[drawn], mask_id=3)
             gradients.append(torch.autograd.grad(loss, world.E)[0][cells])
         gradients = torch.stack(gradients)
         return gradients.mean(dim=0) / standard_error(gradients)
 
     above, at_zero = z_scores(best + 1), z_scores(0 * best)
     assert z_scores(best).abs().max() < 6
-    assert above.abs().max() < 6 if ranking else above.min() > 3
+    assert above.min() > 3
     assert at_zero.abs().max() > 6 and (at_zero * best[cells].sign()).max() < 6
 
 
@@ -726,7 +724,7 @@ def test_toy_stories_have_one_length_round_trip_and_keep_every_agreement():
     for story in data.toy_language()[::7]:
         ids = data.encode(tokenizer, story)
         assert len(ids) == data.TOY_LENGTH and data.decode(tokenizer, ids) == story
-    good = "ben has a black boat. he gives it to ann today. she likes the black boat."
+    good = "ben has a black boat. he gives it to eva today. she likes the black boat."
     broken = [("he ", "she "), ("gives", "sells"), ("likes", "keeps"), ("she", "he"), ("b", "B")]
     broken = [good.replace(*change, 1) for change in [*broken, ("the black", "the red")]]
     assert data.toy_is_valid(good)
@@ -735,7 +733,7 @@ def test_toy_stories_have_one_length_round_trip_and_keep_every_agreement():
 
 def test_tokenizers_round_trip_and_show_masks():
     texts = {"bytes": "Häß\n\n 世界 <|endoftext|> \0" * 99, "text8": "the fox", "toy": "ben has a"}
-    for name, size, mask in (("bytes", 257, "_"), ("text8", 28, "_"), ("toy", 36, " ___")):
+    for name, size, mask in (("bytes", 257, "_"), ("text8", 28, "_"), ("toy", 35, " ___")):
         tokenizer = data.get_tokenizer(name)
         assert tokenizer.n_vocab == tokenizer.eot_token + 1 == size
         ids = data.encode(tokenizer, texts[name])
@@ -1376,15 +1374,15 @@ def test_settings_come_from_the_checkpoint_and_flags_win(here, capsys):
 
 
 def test_rows_of_the_log(here):
-    # the loss of guessing; with three negatives each, half as many blocks
-    stages = (("ar", 8, math.log(36), "lr"), ("energy", 4, math.log(4), "energy_lr"))
-    for stage, batch, start, peak in stages:
+    # the loss of guessing
+    stages = (("ar", math.log(35), "lr"), ("energy", 2 * math.log(2), "energy_lr"))
+    for stage, start, peak in stages:
         rows = [json.loads(line) for line in open(f"out/toy/{stage}.jsonl")]
         steps = [row for row in rows if "loss" in row]
         keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
         assert all(row.keys() == keys for row in steps)
         assert [row["step"] for row in rows if row.keys() == {"step", "val_loss"}] == [2, 4, 6]
-        assert [row["tokens"] for row in steps] == [step * batch * 21 for step in range(1, 7)]
+        assert [row["tokens"] for row in steps] == [step * 8 * 21 for step in range(1, 7)]
         assert steps[0]["loss"] == pytest.approx(start, rel=0.05)
         # warm-up of two steps, then a cosine that would reach 0 at step 6
         shape = [0.5, 1, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]

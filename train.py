@@ -46,8 +46,8 @@ LAPTOP = dict(optimizer="muon", warmup_steps=30, lr_schedule="cosine", ema=0.99,
 PRESETS = {
     # Minutes on two CPU cores. A block is one story: [EOT] + 19 words + [EOT].
     "toy": dict(LAPTOP, data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64)
-    | dict(lr=0.018, energy_lr=0.008, batch_size=128, micro_batch=128, save_every=200)
-    | dict(denoiser_steps=500, ar_steps=200, energy_steps=450, nce="ranking", negatives=3),
+    | dict(lr=0.018, energy_lr=0.003, batch_size=128, micro_batch=128, save_every=200)
+    | dict(denoiser_steps=500, ar_steps=200, energy_steps=450),
     "shakespeare": dict(LAPTOP, data="data/shakespeare", block_size=128, n_layer=3, n_head=6)
     | dict(n_embd=192, lr=0.012, energy_lr=0.006, batch_size=16)
     | dict(denoiser_steps=1900, ar_steps=600, energy_steps=450),
@@ -81,8 +81,6 @@ class Settings:
     grad_clip: float = option("largest gradient norm", 1.0, 1e-9, 1e9)
     ema: float = option("decay of the weight average that is kept for use", 0.9999, 0, 1)
     batch_size: int = option("sequences per step, over all processes and micro-batches", 512)
-    nce: str = option("loss of the energy stage", "binary", choices=("binary", "ranking"))
-    negatives: int = option("draws of the denoiser that each true block is told from", 1, 1, 1024)
     micro_batch: int = option("sequences per forward pass, at most", 16)
     denoiser_steps: int = option("steps of the denoiser stage", 1_000_000)
     ar_steps: int = option("steps of the ar stage", 1_000_000)
@@ -179,12 +177,11 @@ def saved_settings(out, resume: bool) -> dict:
 # ------------ What is minimised, and how ----------------------------------------------------------
 
 
-def training_loss(stage: str, net, denoiser, x0: torch.Tensor, s: Settings) -> torch.Tensor:
+def training_loss(stage: str, net, denoiser, x0: torch.Tensor) -> torch.Tensor:
     """The scalar of a stage: nats per token, or the NCE loss."""
     mask_id = (denoiser or getattr(net, "module", net)).config.mask_id
     if stage == "energy":
-        form = dict(negatives=s.negatives, ranking=s.nce == "ranking")
-        return edlm.nce_loss(denoiser, net, x0, mask_id=mask_id, **form)
+        return edlm.nce_loss(denoiser, net, x0, mask_id=mask_id)
     nats = edlm.nelbo(net, x0, mask_id=mask_id) if stage == "denoiser" else -net(x0).sum(dim=1)
     return nats.mean() / (x0.shape[1] - 1)
 
@@ -311,13 +308,10 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
         if edlm.load_checkpoint(path)[1].get("denoiser") == edlm.fingerprint(run.ema):
             raise ValueError(f"{path} corrects this denoiser as it is: move it away to go on")
     model, on_gpu = run.model, device.type == "cuda"
-    # the energy sees as many candidates a step, however many negatives each block has
-    batch = s.batch_size if stage != "energy" else max(1, 2 * s.batch_size // (1 + s.negatives))
-    micro = min(s.micro_batch, max(1, batch // world))
-    accumulate = batch // (micro * world)
-    batch = accumulate * micro * world if stage == "energy" else batch
+    micro = min(s.micro_batch, max(1, s.batch_size // world))
+    accumulate = s.batch_size // (micro * world)
     part = dict(seed=s.seed, rank=rank, world=world, start_step=run.step)
-    order = data.BatchOrder(len(blocks), batch, micro, **part)
+    order = data.BatchOrder(len(blocks), s.batch_size, micro, **part)
     loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu))
     if on_gpu:  # shapes are fixed in the transformer: only the head sees the number of masks vary
         for network in filter(None, (model, run.denoiser)):
@@ -332,7 +326,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
     if rank == 0:  # the log goes no further than the checkpoint
         log.truncate(min(run.log_bytes, log.tell()))
     bar = dict(total=last, initial=run.step, desc=f"{stage:8}", unit="step", disable=rank > 0)
-    held_out_loss = lambda x0: training_loss(stage, run.ema, run.denoiser, x0, s).expand(len(x0))
+    held_out_loss = lambda x0: training_loss(stage, run.ema, run.denoiser, x0).expand(len(x0))
     shown, since, stopped = {}, (run.step, time.perf_counter()), False
     with log, data.progress(**bar) as bar:
         while run.step < last and not stopped:
@@ -347,7 +341,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
                 whole = world == 1 or i == accumulate - 1  # gradients are exchanged once a step
                 with contextlib.nullcontext() if whole else net.no_sync():
                     with edlm.autocast(device):
-                        part = training_loss(stage, net, run.denoiser, x0, s) / accumulate
+                        part = training_loss(stage, net, run.denoiser, x0) / accumulate
                     part.backward()
                 loss += part.detach()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
@@ -370,7 +364,7 @@ def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: 
                 if not math.isfinite(loss + norm):  # a bad gradient is in the weights already
                     what = f"loss {loss:g}, gradient norm {norm:g} at step {run.step}"
                     raise ValueError(f"{stage}: {what}; the last checkpoint is kept: lower --lr")
-                tokens, now = batch * s.block_size, time.perf_counter()
+                tokens, now = s.batch_size * s.block_size, time.perf_counter()
                 speed = (run.step - since[0]) * tokens / (now - since[1])
                 shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
                 if on_gpu:
