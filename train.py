@@ -47,7 +47,7 @@ PRESETS = {
     # Minutes on two CPU cores. A block is one story: [EOT] + 19 words + [EOT].
     "toy": dict(LAPTOP, data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64)
     | dict(lr=0.018, energy_lr=0.003, batch_size=128, micro_batch=128, save_every=200)
-    | dict(denoiser_steps=500, ar_steps=200, energy_steps=450),
+    | dict(denoiser_steps=500, ar_steps=200, energy_steps=400),
     "shakespeare": dict(LAPTOP, data="data/shakespeare", block_size=128, n_layer=3, n_head=6)
     | dict(n_embd=192, lr=0.012, energy_lr=0.006, batch_size=16)
     | dict(denoiser_steps=1900, ar_steps=600, energy_steps=450),
