@@ -39,8 +39,8 @@ from tqdm import tqdm
 #
 # A story is a template with its slots filled. A slot that occurs twice must say the same thing
 # twice: that long-range agreement is what a factorised denoiser breaks and what EDLM mends. {he}
-# agrees with {name}, {she} with {friend}; the last two verbs belong together. Names are of two sets,
-# for that two words must *differ* is a rule which takes a network of this size far longer to learn.
+# agrees with {name}, {she} with {friend}; the last two verbs belong together. No two words have to
+# differ (friends have other names): that takes a small network far longer to learn than agreement.
 
 TOY_TEMPLATES = tuple(
     "{name} has a {colour} {object}. {he} VERB it to {friend} today. {she} ".replace("VERB", verb)
