@@ -338,7 +338,7 @@ class AutoregressiveLM(nn.Module):
         hidden = self.transformer(self.transformer.embed(x[:, :-1]))  # token i is read off i - 1
 
         def _score(hidden, target):
-            logits = self.head(hidden).float()  # [rows, V]
+            logits = self.head(hidden).float()  # [rows, V]; cross_entropy would write as many again
             return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)
 
         if torch.is_grad_enabled():
