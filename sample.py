@@ -82,8 +82,9 @@ def parse(argv=None) -> argparse.Namespace:
 
     if args.model == "ar":
         refuse("energy steps k window schedule infill watch compare", "with --model ar")
-    if args.energy == "none":
-        refuse("k window", "with --energy none")
+    found = [stage for stage in edlm.KINDS if (Path(args.out) / f"{stage}.pt").exists()]
+    if args.energy == "none" or (args.energy is None and found == ["denoiser"]):
+        refuse("k window", "without an energy")
     if args.compare:
         refuse("watch", "with --compare, which shows no texts")
     if not -(2**63) <= args.seed < 2**63:

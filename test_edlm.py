@@ -1189,7 +1189,7 @@ MISTAKES = {  # what follows which start of a command, and the message, if not t
         --infill ___ --prompt ben; --judge gpt2""",
     (FRESH, ""): """--stepz 4; --stage ar,energy; --n_layer 0; --lr nan; --lr -1; --ema 1; --n 1;
         --seed 99999999999999999999999; --device cuda; --resume --overwrite --out out/toy;
-        --steps 9""",
+        --steps 9; --import x --resume --out out/toy""",
     (AGAIN, ""): "--dropout 0.3 --stage energy; --block_size 22; --micro_batch 3",
     (AGAIN, "n_embd must be a multiple"): "--n_head 3",
     (EVAL, "too few for --k 8"): "--n 4 --k 8",
@@ -1786,6 +1786,8 @@ def test_published_weights_become_a_run(tmp_path, monkeypatch, capsys):
     for kind in edlm.KINDS:
         assert call(f"{command} {kind}.bin") == 0
         refuses(capsys, f"{command} {kind}.bin", f"new/{kind}.pt exists: --overwrite")
+        if kind == "denoiser":
+            refuses(capsys, "sample.py --out new --k 4", "k has no effect without an energy")
     more = "--eval_blocks 2 --k 1,2 --steps 2 --n 2 --device cpu"
     assert call(f"train.py --eval --data . --out new {more}") == 0
     assert call(f"train.py --stage energy --data . --out new --overwrite {SHORT}") == 0

@@ -116,6 +116,8 @@ class Settings:
             raise ValueError(f"--n {self.n} draws are too few for --k {max(self.k)}")
         if self.resume and self.overwrite:
             raise ValueError("--resume continues a run and --overwrite ends it: give one of them")
+        if self.import_ and (self.resume or self.eval):
+            raise ValueError("--import neither trains nor evaluates: leave --resume and --eval out")
 
 
 def parse(argv=None) -> Settings:
