@@ -435,7 +435,7 @@ def check_eval(**models) -> None:
 def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
     """Noise-contrastive estimation, equation (6): a scalar, mean over the batch; no unit.
 
-    Real or not? The positive is x0 with its own x_t, the negative one draw of the frozen denoiser
+    Real or not? The positive is x0 with its own x_t, the negative is a draw of the frozen denoiser
     for the same x_t. At the optimum exp(-E) is the data's p(x0 | x_t) over mu(x0 | x_t), which
     makes (4) the true posterior. Raises ValueError if the denoiser, which must draw as it will
     when sampling, is in training mode.
