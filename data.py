@@ -181,11 +181,12 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
-        if meta["tokenizer"] in TOKENIZERS and meta["vocab_size"] <= 2**16 and len(meta["source"]):
+        size = 50257 if meta["tokenizer"] == "gpt2" else get_tokenizer(meta["tokenizer"]).n_vocab
+        if meta["vocab_size"] == size and meta["source"] and isinstance(meta["source"], list):
             return meta
     except (ValueError, TypeError, KeyError, RecursionError):
         pass
-    raise ValueError(f"{path} is damaged or not ours: remove {folder} and make it again")
+    raise ValueError(f"{path} is damaged or not ours: move it away and make {folder} again")
 
 
 def claim(folder, meta):
@@ -194,10 +195,11 @@ def claim(folder, meta):
     Raises ValueError if the folder holds shards of another claim, or of nobody's.
     """
     path = Path(folder) / "meta.json"
+    there = read_meta(folder) if path.exists() else None  # raises if it is not ours
     if not any(path.parent.glob("*.bin")):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, meta)
-    elif not path.exists() or read_meta(folder) != meta:
+    elif there != meta:
         other = "shards of another source, tokenizer or --val_docs"
         raise ValueError(f"{folder} holds {other}: remove it, or choose another --out")
 
@@ -235,10 +237,10 @@ def open_split(folder, split):
     A nanoGPT folder (headerless train.bin and val.bin) is read as GPT-2 tokens. Raises as `Blocks`.
     """
     plain, again = Path(folder) / f"{split}.bin", "run the same data.py command again"
-    if plain.exists():
-        tokens = plain.stat().st_size // TOKEN.itemsize
-        return dict(tokenizer="gpt2", vocab_size=50257, source=["nanoGPT"]), [(plain, 0, tokens)]
     if not (Path(folder) / "meta.json").exists():
+        if plain.exists():
+            meta = dict(tokenizer="gpt2", vocab_size=50257, source=["nanoGPT"])
+            return meta, [(plain, 0, plain.stat().st_size // TOKEN.itemsize)]
         raise FileNotFoundError(f"no tokens in {folder}: run `python data.py` (see its --help)")
     meta, shards = read_meta(folder), []
     for number in range(len(meta["source"]) if split == "train" else 1):
@@ -441,9 +443,11 @@ def text8_documents(path):
     try:
         with zipfile.ZipFile(path) as archive:
             text = archive.read("text8").decode().strip("\n")
+        if not text:
+            raise ValueError("it is empty")
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and fetch it again") from None
-    size = math.ceil(len(text) / 100) or 1
+    size = math.ceil(len(text) / 100)
     hundredths = [text[start : start + size] for start in range(0, len(text), size)]
     yield from hundredths[:90] + hundredths[95:]
 
@@ -491,7 +495,7 @@ def prepare(out, files, read, tokenizer, val_docs):
     for number, file in enumerate(files):
         shard, last = Path(out) / f"train_{number:03d}.bin", number == len(files) - 1
         remote = "://" in str(file)
-        path = Path(out) / Path(file).name if remote else Path(file)
+        path = Path(out) / f"download_{Path(file).name}" if remote else Path(file)
         if not shard.exists() or (last and not val_shard.exists()):
             if remote and not path.exists():
                 download(file, path)

@@ -748,7 +748,12 @@ def load_checkpoint(path, device="cpu") -> tuple[nn.Module, dict]:
     if not Path(path).exists():
         raise FileNotFoundError(f"no checkpoint {path}: run python train.py first")
     try:
+        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError("a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
+        n_layer = sum(name.endswith("norm1.weight") for name in content["weights"])
+        if content["config"]["n_layer"] != n_layer:  # building a billion blocks would take for ever
+            raise ValueError(f"it has {n_layer} blocks")
         model = KINDS[content["kind"]](Config(**content["config"]))
         model.load_state_dict(content.pop("weights"))
         if not isinstance(content["tokenizer"], str):

@@ -784,6 +784,8 @@ def test_shards_round_trip_with_blocks_that_span_them(tmp_path, shard_tokens):
     loader = DataLoader(blocks, batch_sampler=[[4, 0], [5]], num_workers=2)
     assert [batch.tolist() for batch in loader] == [[expected[4], expected[0]], [expected[5]]]
     tokens.astype("<u2").tofile(tmp_path / "train.bin")  # as nanoGPT writes it
+    assert len(data.Blocks(tmp_path, "train", 22)) == 10 and blocks.tokenizer == "bytes"  # not that
+    (tmp_path / "meta.json").unlink()
     blocks = data.Blocks(tmp_path, "train", 32)
     assert (blocks.tokenizer, blocks.vocab_size, len(blocks)) == ("gpt2", 50257, 6)
     assert blocks[5].tolist() == [50256, *tokens[150:180], 50256]
@@ -1016,6 +1018,8 @@ def test_other_settings_or_sources_are_refused_and_nothing_is_deleted(tmp_path):
 
 def test_openwebtext_downloads_one_archive_at_a_time(tmp_path, monkeypatch):
     out, seen, real = tmp_path / "o", [], torch.hub.download_url_to_file
+    out.mkdir()
+    (out / "s1.tar").write_text("the user's own")
     paths = [archive(tmp_path / f"s{i}.tar", [member_xz(texts_of(20, i))]) for i in range(2)]
     prepare(tmp_path / "local", "openwebtext", paths, val_docs=3)
     urls = [path.as_uri() for path in paths]  # file:// needs no server
@@ -1031,11 +1035,12 @@ def test_openwebtext_downloads_one_archive_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     refused("s1.tar: reset; run again", prepare, out, "openwebtext", urls, val_docs=3)
     refused("s1.tar is damaged.*delete it", prepare, out, "openwebtext", urls, val_docs=3)
-    (out / "s1.tar").unlink()
+    (out / "download_s1.tar").unlink()
     prepare(out, "openwebtext", urls, val_docs=3)
     assert seen == [["meta.json"]] + [["meta.json", "train_000.bin"]] * 3
     prepare(out, "openwebtext", urls, val_docs=3)  # complete: the network is not asked
     made, local = contents(out), contents(tmp_path / "local")
+    assert made.pop("s1.tar") == b"the user's own"
     assert len(seen) == 4 and made | {"meta.json": b""} == local | {"meta.json": b""}
 
 
@@ -1043,8 +1048,9 @@ def test_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for name, content in {"two": b"one\n\ntwo\n", "empty": b"", "latin": b"caf\xe9\n\nx\n"}.items():
         Path(f"{name}.txt").write_bytes(content)
-    Path("foreign").mkdir()
-    Path("foreign/train_000000.bin").write_bytes(b"precious")
+    for precious in map(Path, ("foreign/train_000000.bin", "other/meta.json")):
+        precious.parent.mkdir()
+        precious.write_bytes(b"precious")
     for command, message in {
         "--val_doc 3": "--val_doc",
         "toy --val_docs 3": "--out alone can be chosen, not val_docs",
@@ -1057,6 +1063,7 @@ def test_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypat
         "latin.txt --tokenizer bytes": "latin.txt is not UTF-8",
         "openwebtext two.txt --tokenizer bytes": "two.txt is damaged",
         "two.txt --tokenizer bytes --out foreign": "another source",
+        "two.txt --tokenizer bytes --out other": "meta.json is damaged or not ours",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             data.run("data.py", partial(data.main, command.split()))
@@ -1065,6 +1072,7 @@ def test_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypat
         assert stopped.value.code == 2 and len(error) == 1, (command, error)
         assert error[0].startswith("data.py: error: ") and message in error[0], (command, error)
     assert contents("foreign") == {"train_000000.bin": b"precious"}
+    assert contents("other") == {"meta.json": b"precious"}
 
 
 def test_command_line_makes_data_and_never_makes_it_again(tmp_path, monkeypatch, capsys):
@@ -1193,6 +1201,7 @@ MISTAKES = {  # what follows which start of a command, and the message, if not t
     (AGAIN, ""): "--dropout 0.3 --stage energy; --block_size 22; --micro_batch 3",
     (AGAIN, "n_embd must be a multiple"): "--n_head 3",
     (EVAL, "too few for --k 8"): "--n 4 --k 8",
+    (EVAL, ""): "--seed 7; --lr 3; --resume; --import x",
     ("sample.py", "cannot write nowhere/figures.json"): "--json nowhere/figures.json",
     (EVAL, "cannot write out"): "--json out",
     ("sample.py", "prompt has 20 tokens, 19 fit"): f"--prompt 'ben{' has' * 19}'",
@@ -1239,10 +1248,17 @@ DAMAGE = {  # the commands that refuse which file after what
     (USE, "out/toy/denoiser.pt"): """path.write_bytes(b"foreign"); path.write_bytes(b"");
         path.write_bytes(bytes(500) + path.read_bytes()[500:]); os.truncate(path, 5000);
         c["weights"]["head.weight"][0] = torch.nan; c["config"] = [1, 2]; c["tokenizer"] = 5;
-        c["config"]["n_layer"] = "1"; c["config"]["n_embd"] = 32; c["kind"] = "g"; del c["kind"]""",
-    ((LONGER,), "out/toy/denoiser.pt"): """del t["step"]; t["step"] = "four"; del t["model"];
+        c["config"]["n_layer"] = "1"; c["config"]["n_layer"] = 10**9;
+        path.write_bytes(path.read_bytes()[:9000] + bytes(500) + path.read_bytes()[9500:]);
+        c["config"]["n_embd"] = 32; c["kind"] = "g"; del c["kind"]""",
+    (
+        (LONGER,),
+        "out/toy/denoiser.pt",
+    ): """del t["step"]; t["step"] = "four"; t["step"] = -5; del t["model"];
         t["optimizers"].pop(); del c["training"]; c["training"] = [1, 2]; c["tokenizer"] = "text8";
-        t["settings"] = 5; t["settings"]["lr"] = "fast"; t["log_bytes"] = None;
+        t["settings"] = 5; t["settings"]["lr"] = "fast"; t["settings"]["stage"] = "all of them";
+        del t["settings"]["lr"]; t["optimizers"][0]["state"][0]["exp_avg"] = torch.zeros(());
+        t["log_bytes"] = None;
         del t["optimizers"][0]["state"][0]["exp_avg_sq"];
         t["optimizers"][1]["state"][0]["momentum_buffer"] = torch.zeros(3)""",
 }
@@ -1253,7 +1269,7 @@ DAMAGE = [(change, *where) for where, text in DAMAGE.items() for change in re.sp
 def test_damaged_files_are_refused(here, capsys, change, commands, path):
     edit(Path(path), change)
     for command in commands:
-        refuses(capsys, command, f"{Path(path).parent}|--lr must be")
+        refuses(capsys, command, f"{Path(path).parent}|--(lr|stage) must be")
 
 
 def test_checkpoints_that_do_not_belong_together_are_refused(here, capsys):

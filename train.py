@@ -82,6 +82,7 @@ class Settings:
     ema: float = option("decay of the weight average that is kept for use", 0.9999, 0, 1)
     batch_size: int = option("sequences per step, over all processes and micro-batches", 512)
     micro_batch: int = option("sequences per forward pass, at most", 16)
+    max_steps: int = option("steps of every stage, instead of the next three", 0, 0)
     denoiser_steps: int = option("steps of the denoiser stage", 1_000_000)
     ar_steps: int = option("steps of the ar stage", 1_000_000)
     energy_steps: int = option("steps of the energy stage", 400_000)
@@ -89,7 +90,6 @@ class Settings:
     log_every: int = option("steps between rows of the log", 10)
     stage: str = option("what to train", "all", choices=(*STAGES, "all"))
     seed: int = option("seed of weights, data order and masks", 0, 0)
-    max_steps: int = option("steps of every stage, instead of the three above", 0, 0)
     eval_blocks: int = option("validation blocks to evaluate on; --eval: 64 if not given", 1000)
     out: str = option("folder of the run (default: out/ + the name of the data folder)", "")
     resume: bool = option("continue the run in --out, with its own settings", False)
@@ -108,16 +108,15 @@ class Settings:
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             number = f.type in (int, float)
+            choices = f.metadata["choices"] or [value]
             right = isinstance(value, (int, float) if f.type is float else f.type)
-            if not right or (number and not low <= value < high):
-                limits = f" of at least {low} and below {high}" if number else ""
-                raise ValueError(f"--{f.name} must be {f.type.__name__}{limits}, not {value!r}")
+            if not right or value not in choices or (number and not low <= value < high):
+                limits = f"at least {low} and below {high}" if number else choices
+                raise ValueError(f"--{f.name} must be {f.type.__name__} of {limits}, not {value!r}")
         if self.eval and max(self.k) > self.n:
             raise ValueError(f"--n {self.n} draws are too few for --k {max(self.k)}")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume continues a run and --overwrite ends it: give one of them")
-        if self.import_ and (self.resume or self.eval):
-            raise ValueError("--import neither trains nor evaluates: leave --resume and --eval out")
+        if self.resume and (self.overwrite or self.import_):
+            raise ValueError("--resume continues a run, --overwrite and --import begin one anew")
 
 
 def parse(argv=None) -> Settings:
@@ -141,14 +140,16 @@ def parse(argv=None) -> Settings:
     values = PRESETS[given.pop("preset", named[0])]
     source = given.get("data", values["data"])
     source = values["data"] if Path(source).is_file() else source  # a text has no run of its own
+    evaluates = ("passes", "steps", "k", "n", "detokenize", "json")
+    used = (*evaluates, "eval", "eval_blocks", "data", "out", "device")
+    where = "with" if "eval" in given else "without"
+    if idle := [n for n in given if (n in evaluates if where == "without" else n not in used)]:
+        parser.error(f"--{idle[0].rstrip('_')} has no effect {where} --eval")
+    if "eval" in given:
+        given.setdefault("eval_blocks", 64)  # bounds cost 2 n energies a block
     if given.get("max_steps"):
         given |= {f"{stage}_steps": given["max_steps"] for stage in STAGES}
     given.setdefault("out", str(Path("out") / Path(source).name))
-    idle = [n for n in ("passes", "steps", "k", "n", "detokenize", "json") if n in given]
-    if "eval" in given:
-        given.setdefault("eval_blocks", 64)  # bounds cost 2 n energies a block
-    elif idle:
-        parser.error(f"--{idle[0]} has an effect with --eval only")
     if "resume" in given or "eval" in given:
         values = values | saved_settings(given["out"], "resume" in given)
     elif given.get("stage") == "energy":
@@ -170,8 +171,8 @@ def saved_settings(out, resume: bool) -> dict:
     _, content = edlm.load_checkpoint(newest)
     names = [f.name for f in fields(Settings)]
     try:
-        saved = content["training"]["settings"] if resume or "training" in content else {}
-        return {name: saved[name] for name in names[: names.index("out")] if name in saved}
+        saved = content["training"]["settings"] if resume or "training" in content else None
+        return {} if saved is None else {name: saved[name] for name in names[: names.index("out")]}
     except (TypeError, KeyError) as error:
         raise ValueError(f"{newest} is damaged or was imported: no settings to resume") from error
 
@@ -282,10 +283,13 @@ def restore(run: Run, path, content: dict) -> None:
             optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
             params = [p for group in optimizer.param_groups for p in group["params"]]
             keys = {tuple(optimizer.state[p]) for p in params}
-            fits = (t.shape in ((), p.shape) for p in params for t in optimizer.state[p].values())
+            state = ((p, *item) for p in params for item in optimizer.state[p].items())
+            fits = (t.shape == (() if key == "step" else p.shape) for p, key, t in state)
             if len(keys) != 1 or keys == {()} or not all(fits):  # optimisers do not check
                 raise ValueError("the optimiser's state does not fit the weights")
-        run.step, run.log_bytes = int(saved["step"]), int(saved["log_bytes"])
+        run.step, run.log_bytes = saved["step"], saved["log_bytes"]
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (run.step, run.log_bytes)):
+            raise ValueError("its step or log_bytes is no count")
     except Exception as error:  # of many kinds
         raise ValueError(f"{path} is damaged ({data.first_line(error)[:100]})") from error
 
