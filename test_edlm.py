@@ -795,6 +795,7 @@ def test_damaged_folders_are_refused(tmp_path):
     make_folder(tmp_path, np.arange(200))
     shard, meta = tmp_path / "train_001.bin", tmp_path / "meta.json"
     metas = [dict(vocab_size="257"), dict(tokenizer=["bytes"]), dict(source=[]), dict(source=5)]
+    metas += [dict(vocab_size=258), dict(source="abc")]
     metas = [json.dumps(META | bad) for bad in metas] + ["", "[]", "\0", "[" * 99999, '{"tokeni']
     shards = [shard.read_bytes()[:-1], b"\x89PNG" + bytes(3000), b""]
     for path, damaged in {shard: shards, meta: [bad.encode() for bad in metas]}.items():
@@ -961,7 +962,9 @@ def test_text8_is_split_by_character(tmp_path):
     ids = [stream(tmp_path / "o", split) for split in ("train", "val")]
     assert [data.decode(tokenizer, part) for part in ids] == [text[:900], text[950:]]
     whole = path.read_bytes()
-    for bad in (whole[:60] + bytes([whole[60] ^ 255]) + whole[61:], whole[:-30], b"no zip"):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("text8", "\n")
+    for bad in (path.read_bytes(), whole[:60] + bytes(9) + whole[69:], whole[:-30], b"no zip"):
         path.write_bytes(bad)
         refused("text8.zip is damaged.*fetch it again", prepare, tmp_path / "p", "text8", [path])
 
