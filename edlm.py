@@ -447,8 +447,8 @@ def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
         fake, _ = propose(logits, x_t, where, 1)
         candidates = torch.cat((x0[:, None], fake), dim=1)  # [B, 2, L]
         log_q = candidate_log_q(logits, candidates, where)
-    real, fake = energy(candidates, x_t, log_q).unbind(dim=1)  # E, [B] each
-    return (F.softplus(real) + F.softplus(-fake)).mean()
+    e_real, e_fake = energy(candidates, x_t, log_q).unbind(dim=1)  # [B] each
+    return (F.softplus(e_real) + F.softplus(-e_fake)).mean()
 
 
 # ------------ 6. Decoding by importance sampling --------------------------------------------------

@@ -283,8 +283,8 @@ def restore(run: Run, path, content: dict) -> None:
             optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
             params = [p for group in optimizer.param_groups for p in group["params"]]
             keys = {tuple(optimizer.state[p]) for p in params}
-            state = ((p, *item) for p in params for item in optimizer.state[p].items())
-            fits = (t.shape == (() if key == "step" else p.shape) for p, key, t in state)
+            entries = ((p, *item) for p in params for item in optimizer.state[p].items())
+            fits = (t.shape == (() if key == "step" else p.shape) for p, key, t in entries)
             if len(keys) != 1 or keys == {()} or not all(fits):  # optimisers do not check
                 raise ValueError("the optimiser's state does not fit the weights")
         run.step, run.log_bytes = saved["step"], saved["log_bytes"]
@@ -546,7 +546,7 @@ def import_weights(s: Settings) -> None:
 def main(argv=None) -> None:
     """The command line: `python train.py --help`."""
     s = parse(argv)
-    if s.import_ or not s.eval:
+    if not s.eval:
         return import_weights(s) if s.import_ else train(s)
     if s.json:
         data.check_target(s.json)
