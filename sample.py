@@ -1,154 +1,230 @@
-"""Draws texts with the checkpoints that train.py wrote: new ones, continuations, infills.
+"""Uses the checkpoints that train.py wrote: draws texts, compares ways to draw them, scores text.
 
-    python sample.py                                   plain diffusion and EDLM side by side
+    python sample.py                                   plain diffusion, and EDLM below it
     python sample.py --energy nce --steps 16 --watch   one setting; masks disappear as you look
+    python sample.py --energy exact                    EDLM-coAR drawn exactly, in a few passes
     python sample.py --prompt "ben has a black"        continues a text
     python sample.py --infill "tom has a ___ kite. ___*7 likes the ___ kite."  ___*7: seven tokens
-    python sample.py --compare --steps 4,8 --k 4,16    figures only, for every combination
+    python sample.py --compare --steps 4,8,inf --k 4,16    the figures of every combination
+    python sample.py --eval --steps 4,8 --k 4,16           how likely each of them draws real text
 
-Every setting gets one line of figures: the fraction of valid stories (toy language), perplexity of
-the drawn tokens under the run's own AR model, entropy, effective sample size, forward passes per
-text, seconds.
+A setting is a model with its energy, its number of steps T, its number of candidates k and its
+window. --compare draws from a setting and --eval scores text with it, under the same name.
+
+The figures of a setting: "passes in turn" are the network passes of one text that wait for each
+other. "in all" also counts the candidates that are judged side by side. Then come the fraction of
+valid stories (toy language), the perplexity of the drawn tokens under the run's AR model, the
+entropy of each text's tokens, and the effective sample size (ess) of the importance weights. A
+number behind +- is a standard error.
 """
 
 import argparse
+import json
 import math
+import os
 import re
 import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
 import data
 import edlm
 
-LOGITS_AT_ONCE = 2**28  # batches are cut so that their logits stay within 1 GiB
-FIGURES = dict(  # the line of figures, in order; what was not measured is left out
-    valid_fraction="valid {:.3f}",
-    ar_perplexity="AR ppl {:.4g}",
-    judge_perplexity="judge ppl {:.4g}",
-    entropy="entropy {:.2f} bits",
-    ess="ess {:.1f}",
-    denoiser_forwards="{:.1f} denoiser",
-    energy_forwards="+ {:.0f} energy forwards",
-    seconds="{:.1f} s",
-)
+BATCH_BYTES = {"cpu": 2**26, "cuda": 2**32}  # what hidden states and logits of a batch may take
+SHOWN = 6  # texts of a setting that appear on the screen
+ALONE = 3  # texts of a setting that --compare draws one by one, to time them
+EXACT = "EDLM-coAR exact"
+
+# ------------ 1. The command line -----------------------------------------------------------------
 
 
 def number(text: str) -> int:
-    """One number of at least 1."""
-    (value,) = data.numbers(text)
-    return value
+    """A flag's whole number from 1 on."""
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2**31 - 1, not {text}")
+    return int(text)
 
 
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1: {text}")
-    return value
+def numbers(text: str) -> list[int]:
+    """A flag's list, as 4,16."""
+    return [number(part) for part in text.split(",")]
 
 
-def parse(argv=None) -> argparse.Namespace:
+def step_numbers(text: str) -> list[int | None]:
+    """A flag's list of T, as 4,8,inf. inf becomes None: one token at a time."""
+    return [None if part == "inf" else number(part) for part in text.split(",")]
+
+
+def energy_name(text: str) -> str:
+    """A flag's energy."""
+    names = ("none", *edlm.ENERGIES, "exact")
+    if text not in names and not text.startswith("hf:"):
+        raise argparse.ArgumentTypeError(f"choose {', '.join(names)} or hf:NAME, not {text}")
+    return text
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; the only place where a default lives."""
-    parser = data.Parser("sample.py", __doc__)
+    parser = data.Parser(__doc__)
     add = parser.add_argument
     add("--out", default="out/toy", help="folder of the checkpoints (default: out/toy)")
-    add("--model", choices=("diffusion", "ar"), default="diffusion", help="default: diffusion")
-    add("--energy", choices=("none", *edlm.ENERGIES), help="default: none beside the best trained")
-    add("--steps", type=data.numbers, help="diffusion steps T, or a list (default: 8)")
-    add("--k", type=data.numbers, help="candidates per step, or a list (default: 16)")
-    add("--window", type=fraction, help="judge candidates while t > 1 - window (default: 1)")
-    add("--schedule", choices=("linear", "cosine"), help="noise schedule (default: linear)")
-    add("--num", type=number, help="how many texts (default: 300 on the toy language, else 4)")
-    add("--batch", type=number, help="texts at once (default: 1 GiB of logits)")
-    add("--seed", type=int, default=0, help="same seed and settings, same texts (default: 0)")
-    given = parser.add_mutually_exclusive_group()
+    add("--device", default="", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    add("--json", help="also write settings and figures to this file, row by row")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--watch", action="store_true", help="show the first text as it is drawn")
+    what.add_argument("--compare", action="store_true", help="only the figures, of every energy")
+    what.add_argument("--eval", action="store_true", help="score text instead of drawing it")
+
+    add = parser.add_argument_group("what is drawn from or scored").add_argument
+    help = "default: diffusion. To the AR model the other flags of this group do not matter"
+    add("--model", choices=("diffusion", "ar"), default="diffusion", help=help)
+    help = "none, ar, coar or nce; exact: coAR without k and T; hf:NAME: a causal LM, read by the "
+    help += "package transformers (default: none and the best trained; to compare, all)"
+    add("--energy", type=energy_name, help=help)
+    help = "diffusion steps T, or a list; inf: one token at a time (default: 2; --eval: 2,4,8)"
+    add("--steps", type=step_numbers, help=help)
+    add("--k", type=numbers, help="candidates per step, or a list (default: 16; --eval: 4,16)")
+    add("--window", type=float, default=1.0, help="judge while t > 1 - window (default: 1)")
+    help = "noise schedule; --eval knows the linear one (default: linear)"
+    add("--schedule", choices=("linear", "cosine"), default="linear", help=help)
+
+    group = parser.add_argument_group("drawing")
+    add = group.add_argument
+    given = group.add_mutually_exclusive_group()
     given.add_argument("--prompt", help="continue this text")
     given.add_argument("--infill", help="fill the gaps of this text: ___ is one token, ___*5 five")
-    add("--watch", action="store_true", help="show the first text as it is drawn")
-    add("--compare", action="store_true", help="figures only, of AR, plain and every energy")
-    add("--judge", help="perplexity under this causal LM too (needs the package transformers)")
-    add("--json", help="also write settings, tokens, texts and figures to this file")
-    add("--device", default="", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    add("--num", type=number, help="how many texts (default: 300 on the toy language, else 4)")
+    add("--batch", type=number, help="texts at once (default: what fits into a little memory)")
+    add("--seed", type=int, default=0, help="same seed and flags, same texts (default: 0)")
+    add("--judge", help="perplexity under this causal LM too, read by the package transformers")
+
+    add = parser.add_argument_group("--eval").add_argument
+    add("--data", help="data folder or text file (default: the validation data of the run)")
+    add("--blocks", type=number, default=64, help="how many blocks are scored (default: 64)")
+    help = "draws for each expectation over candidates (default: 128)"
+    add("--n", type=number, default=128, help=help)
+    help = "of a text file: undo the tokenisation of this corpus"
+    add("--detokenize", choices=tuple(data.DETOKENIZERS), help=help)
+
     args = parser.parse_args(argv)
-
-    def refuse(names: str, why: str):
-        for name in names.split():
-            if getattr(args, name) is not None and getattr(args, name) is not False:
-                parser.error(f"--{name} has no effect {why}")
-
-    if args.model == "ar":
-        refuse("energy steps k window schedule infill watch compare", "with --model ar")
-    found = [stage for stage in edlm.KINDS if (Path(args.out) / f"{stage}.pt").exists()]
-    if args.energy == "none" or (args.energy is None and found == ["denoiser"]):
-        refuse("k window", "without an energy")
-    if args.compare:
-        refuse("watch", "with --compare, which shows no texts")
-    if not -(2**63) <= args.seed < 2**63:
-        parser.error(f"--seed must fit into 64 bits: {args.seed}")
-    if args.json:
-        data.check_target(args.json)
-    args.steps, args.k = args.steps or [8], args.k or [16]
-    args.window = 1.0 if args.window is None else args.window
-    args.schedule = args.schedule or "linear"
+    args.steps = args.steps or ([2, 4, 8] if args.eval else [2])
+    args.k = args.k or ([4, 16] if args.eval else [16])
+    if args.eval and args.schedule != "linear":
+        parser.error("--eval bounds what is drawn with the linear --schedule only")
+    if args.eval and args.n < max(2, *args.k):
+        parser.error(f"--n {args.n} draws are too few: at least 2 and as many as --k are needed")
+    if args.model == "ar" and args.infill is not None:
+        parser.error("--model ar writes from left to right: only diffusion can --infill")
     return args
 
 
+# ------------ 2. Checkpoints, and the settings to use them with -----------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One law of texts: drawn from, or asked how likely a text is."""
+
+    model: str  # "AR", "MDLM", EXACT, or the name of an energy in the paper
+    energy: Callable | None = None
+    steps: int | None = None  # None: one token at a time
+    k: int | None = None
+    window: float = 1.0
+    schedule: str = "linear"
+
+    @property
+    def name(self) -> str:
+        """What its row is called in every table."""
+        if self.model in ("AR", EXACT):  # they have no steps
+            return self.model
+        candidates = "" if self.k is None else f" k={self.k}"
+        return f"{self.model} T={self.steps or 'inf'}{candidates}"
+
+
 def load(args):
-    """(models, tiktoken.Encoding, device) of these settings; errors as of edlm.load_models."""
+    """(models by stage, tokenizer, device). Raises what `edlm.load_models` raises."""
     device = edlm.pick_device(args.device)
     needed = {"ar"} if args.model == "ar" else {"denoiser"}
+    if args.energy == "exact":
+        needed.add("ar")
     if args.energy in edlm.ENERGIES:
         needed.add(edlm.ENERGIES[args.energy][0])
+    # The AR model judges whatever is drawn, so it is welcome where it is not needed.
     welcome = {"ar"} if args.energy or args.model == "ar" else set(edlm.KINDS)
     found = {stage for stage in welcome if (Path(args.out) / f"{stage}.pt").exists()}
     stages = [stage for stage in edlm.KINDS if stage in needed | found]
-    models, tokenizer = edlm.load_models(args.out, stages, device)
-    return models, data.get_tokenizer(tokenizer), device
+    models, name = edlm.load_models(args.out, stages, device)
+    tokenizer = data.get_tokenizer(name)
+    V = models[stages[0]].config.vocab_size
+    if V != tokenizer.n_vocab:
+        sizes = f"{V} tokens, its tokenizer {name} has {tokenizer.n_vocab}"
+        raise ValueError(f"{args.out}/{stages[0]}.pt has {sizes}: train it on tokens of data.py")
+    return models, tokenizer, device
 
 
-def list_settings(args, models) -> list[dict]:
-    """What to draw, in order: each with a name, and for diffusion with steps, energy and k."""
+def load_energies(args, models: dict, tokenizer, device) -> dict[str, Callable]:
+    """The energies that are asked for, by their names in the paper."""
+    if args.energy and args.energy.startswith("hf:"):
+        outside = OutsideLM(args.energy.removeprefix("hf:"), tokenizer, device)
+        return {"EDLM-hf": outside.energy}
+    names = [name for name, (stage, _) in edlm.ENERGIES.items() if stage in models]
+    if args.energy:
+        names = [name for name in names if name == args.energy]
+    elif not (args.compare or args.eval):
+        names = names[-1:]  # the best
+    return {edlm.ENERGIES[name][1]: edlm.make_energy(name, models) for name in names}
+
+
+def list_settings(args, models: dict, energies: dict[str, Callable]) -> list[Setting]:
+    """What to draw from or to score with, in the order of the tables."""
     if args.model == "ar":
-        return [dict(name="AR")]
-    also_ar = args.compare and "ar" in models and args.infill is None  # it goes left to right
-    settings = [dict(name="AR")] if also_ar else []
-    trained = [name for name, (stage, _) in edlm.ENERGIES.items() if stage in models]
-    energies = [args.energy] if args.energy else ["none", *trained[0 if args.compare else -1 :]]
+        return [Setting("AR")]
+    several = args.compare or args.eval
+    settings = []
+    if several and "ar" in models and args.infill is None:  # AR sees nothing right of a gap
+        settings.append(Setting("AR"))
+    diffusion = partial(Setting, window=args.window, schedule=args.schedule)
     for steps in args.steps:
-        for name in energies:
-            if name == "none":
-                settings.append(dict(name=f"MDLM T={steps}", steps=steps))
-                continue
-            energy, title = edlm.make_energy(name, models), f"{edlm.ENERGIES[name][1]} T={steps}"
-            settings += [
-                dict(name=f"{title} k={k}", steps=steps, k=k, energy=energy) for k in args.k
-            ]
+        if several or args.energy in (None, "none"):
+            settings.append(diffusion("MDLM", steps=steps))
+        for model, energy in energies.items():
+            settings += [diffusion(model, energy, steps, k) for k in args.k]
+    if args.energy == "exact" or (several and args.energy is None and "ar" in models):
+        settings.append(Setting(EXACT))
     return settings
 
 
-# ------------ What is given ----------------------------------------------------------------------
+# ------------ 3. Drawing --------------------------------------------------------------------------
 
 
-def start_state(args, config: edlm.Config, tokenizer) -> torch.Tensor:
+def start_state(args, config: edlm.Config, tokenizer) -> Tensor:
     """Long[L]: [EOT], given tokens, and the mask where one is wanted. ValueError if too long."""
     mask, eot, L = config.mask_id, tokenizer.eot_token, config.block_size
+    words = tokenizer.name in ("gpt2", "toy")  # their tokens carry the space before a word
+
+    def encode(text: str) -> list[int]:
+        return data.encode(tokenizer, text.rstrip(" ") if words else text)
+
     if args.infill is None:
-        tokens = [eot, *data.encode(tokenizer, args.prompt or "")]
+        tokens = [eot, *encode(args.prompt or "")]
         if len(tokens) >= L:
             raise ValueError(f"the prompt has {len(tokens) - 1} tokens, {L - 2} fit: shorten it")
         return torch.tensor(tokens + [mask] * (L - len(tokens)))
     tokens = [eot]
-    *pieces, last = re.split(r"_{3,}(\*\d+|)", args.infill)  # text, count, text, count, ..., text
-    words = tokenizer.name in ("gpt2", "toy")  # their tokens carry the space before a word
-    for text, count in zip(pieces[::2], pieces[1::2], strict=True):
-        gap = int(count[1:] or 1) if len(count) < 12 else L  # a count that long is refused below
-        tokens += data.encode(tokenizer, text.removesuffix(" ") if words else text)
-        tokens += [mask] * min(gap, L)
-    tokens += data.encode(tokenizer, last) + [eot]
+    *pieces, last = re.split(r"_{3,}(\*\d+|)", args.infill)  # text, gap, text, gap, ..., text
+    for text, gap in zip(pieces[::2], pieces[1::2], strict=True):
+        wanted = int(gap[1:] or 1) if len(gap) < 12 else L  # a number that long is refused below
+        tokens += encode(text) + [mask] * min(wanted, L)
+    tokens += encode(last) + [eot]
     if mask not in tokens:
         raise ValueError("--infill has no gap: mark one with ___, or five with ___*5")
     if len(tokens) > L:
@@ -156,165 +232,454 @@ def start_state(args, config: edlm.Config, tokenizer) -> torch.Tensor:
     return torch.tensor(tokens)
 
 
-# ------------ Drawing -----------------------------------------------------------------------------
+def states(
+    setting: Setting, models: dict, x: Tensor, mask_id: int, generator
+) -> Iterator[edlm.SampleState]:
+    """The states of x Long[B, L] on its way to texts of a setting; the last one holds them."""
+    if setting.model == "AR":
+        yield from ar_states(models["ar"], x, mask_id, generator)
+    elif setting.model == EXACT:
+        both = models["denoiser"], models["ar"]
+        yield from edlm.sample_exact(*both, x, mask_id=mask_id, generator=generator)
+    else:
+        yield from edlm.sample_states(
+            models["denoiser"],
+            x,
+            mask_id=mask_id,
+            steps=setting.steps,
+            energy=setting.energy,
+            k=setting.k or 1,
+            window=setting.window,
+            schedule=setting.schedule,
+            generator=generator,
+        )
 
 
-def printable(tokenizer, row: torch.Tensor) -> str:
+def ar_states(ar, x: Tensor, mask_id: int, generator) -> Iterator[edlm.SampleState]:
+    """The AR model's texts as a single last state. Each token cost a pass over one position."""
+    given = int((x[0] != mask_id).sum())
+    text = ar.sample(x[:, :given], x.shape[1], generator)
+    passes = torch.full((len(x),), x.shape[1] - given, device=x.device)
+    zero = torch.zeros(len(x), device=x.device)
+    yield edlm.SampleState(text, zero, zero / zero, passes, passes)
+
+
+def draw(
+    setting: Setting, models: dict, start: Tensor, num: int, batch: int, seed: int, watch=None
+) -> tuple[Tensor, dict]:
+    """`num` texts Long[num, L] of a setting, and the figures that say what they took.
+
+    `start` is their start state Long[L]. `watch`, if any, is called with each state of the first
+    batch.
+    """
+    some = next(iter(models.values()))
+    mask_id, device = some.config.mask_id, some.transformer.cos.device
+    generator = torch.Generator(device).manual_seed(seed % 2**63)
+    ends, ess = [], []
+    begun = time.perf_counter()
+    with edlm.autocast(device):
+        for first in range(0, num, batch):
+            x = start.to(device).repeat(min(batch, num - first), 1)
+            for state in states(setting, models, x, mask_id, generator):
+                ess.append(state.ess)
+                if watch and first == 0:
+                    watch(state)
+            ends.append(state)
+    x = torch.cat([end.x for end in ends]).cpu()  # waits for a GPU: only now is the time over
+    row = dict(seconds_per_text=(time.perf_counter() - begun) / num)
+    in_turn = torch.cat([end.in_turn for end in ends])
+    row["passes_in_turn"], row["passes_in_turn_error"] = mean_and_error(in_turn)
+    row["passes_in_all"], _ = mean_and_error(torch.cat([end.in_all for end in ends]))
+    ess = torch.cat(ess)
+    row["ess"] = ess.nanmean().item() if ess.isfinite().any() else None
+    if setting.model == EXACT:  # every masked token was drafted once, and refused at most once
+        refused = sum(end.refused.sum().item() for end in ends)
+        row["acceptance"] = 1 - refused / (num * (start == mask_id).sum().item())
+    return x, row
+
+
+def default_batch(config: edlm.Config, L: int, device) -> int:
+    """How many texts of length L are drawn at once: as many as BATCH_BYTES hold."""
+    floats = 16 * config.n_embd + 2 * config.vocab_size  # of a token, in a block and in the head
+    return max(1, BATCH_BYTES[device.type] // (4 * floats * L))
+
+
+def printable(tokenizer, row: Tensor) -> str:
     """The text of Long[L], without what could steer a terminal."""
     text = data.decode(tokenizer, row.tolist())
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
-def show(text: str, above: int) -> int:
-    """Draws a text over the `above` lines drawn before, returns how many it took.
+class Screen:
+    """Shows the first text of each state, over the one that it showed before."""
 
-    Where there is no terminal it is printed below the last one.
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.above = 0  # lines that the last text took
+
+    def __call__(self, state: edlm.SampleState) -> None:
+        """Shows a state. Where there is no terminal it is printed below the last one."""
+        text = f"t = {state.t[0]:.3f}  {printable(self.tokenizer, state.x[0])}"
+        if not sys.stdout.isatty():
+            print(text)
+            return
+        columns, rows = shutil.get_terminal_size()
+        lines = []
+        for line in text.split("\n"):
+            lines += textwrap.wrap(line, columns - 1) or [""]
+        lines = lines[: rows - 2]  # the cursor cannot go back above the top of the screen
+        back = f"\x1b[{self.above}F" if self.above else ""
+        print(back + "\x1b[J" + "\n".join(lines), flush=True)
+        self.above = len(lines)
+        time.sleep(0.1)  # for the eye
+
+
+# ------------ 4. How good the texts are -----------------------------------------------------------
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float | None]:
+    """The mean of values [N] and its standard error, which a single value does not have."""
+    values = values.double()
+    error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
+    return values.mean().item(), error
+
+
+def perplexity(log_p: Tensor, tokens: Tensor) -> tuple[float, float | None]:
+    """exp of the nats per token, and its standard error: of log p Float[N] of texts of tokens [N].
+
+    Nats per token are a ratio r of two means. Its error is that of the mean of log p + r tokens.
     """
-    if not sys.stdout.isatty():
-        print(text)
-        return 0
-    columns, rows = shutil.get_terminal_size()
-    lines = [part for line in text.split("\n") for part in textwrap.wrap(line, columns - 1) or [""]]
-    lines = lines[: rows - 2]  # the cursor cannot go back above the top of the screen
-    back = f"\x1b[{above}F" if above else ""
-    print(back + "\x1b[J" + "\n".join(lines), flush=True)
-    time.sleep(0.1)  # for the eye
-    return len(lines)
+    total = tokens.sum().clamp(min=1)
+    r = -log_p.double().sum() / total
+    _, error = mean_and_error((log_p + r * tokens) * len(tokens) / total)
+    value = r.exp().item()  # inf, where math.exp would overflow
+    return value, None if error is None else error * value
 
 
-def draw(models, tokenizer, device, start: torch.Tensor, num: int, args, setting: dict) -> dict:
-    """`num` texts of one setting, in batches that fit into memory, and what they took.
-
-    A dictionary: x Long[num, L], seconds, ess (mean effective sample size, None without an energy),
-    denoiser_forwards and energy_forwards (means per text).
-    """
-    config = next(iter(models.values())).config
-    generator = torch.Generator(device).manual_seed(args.seed)
-    batch = args.batch or max(1, LOGITS_AT_ONCE // (config.vocab_size * len(start)))
-    begun, parts, ess, forwards, judged, above = time.perf_counter(), [], [], 0, 0, 0
-    with edlm.autocast(device):
-        for i in range(0, num, batch):
-            x = start.to(device).repeat(min(batch, num - i), 1)
-            if setting["name"] == "AR":
-                given = int((start != config.mask_id).sum())
-                parts.append(models["ar"].sample(x[:, :given], len(start), generator))
-                continue
-            chain = {key: setting[key] for key in ("steps", "k", "energy") if key in setting}
-            chain |= dict(mask_id=config.mask_id, window=args.window, schedule=args.schedule)
-            t = torch.ones(len(x), device=device)
-            for state in edlm.sample_states(models["denoiser"], x, generator=generator, **chain):
-                forwards += (state.t < t).sum().item()
-                judged += state.ess.isfinite().sum().item()
-                ess.append(state.ess)
-                t = state.t
-                if args.watch and i == 0:
-                    above = show(f"t = {t[0]:.3f}  {printable(tokenizer, state.x[0])}", above)
-            parts.append(state.x)
-    took = dict(x=torch.cat(parts).cpu(), seconds=time.perf_counter() - begun)
-    took |= dict(
-        denoiser_forwards=forwards / num, energy_forwards=judged * setting.get("k", 0) / num
-    )
-    return took | dict(ess=torch.cat(ess).nanmean().item() if judged else None)
+def ar_perplexity(ar, x: Tensor, drawn: Tensor, device) -> tuple[float, float | None]:
+    """Perplexity of the drawn tokens, at positions Bool[L] of x Long[N, L], under the AR model."""
+    log_p = []
+    with edlm.autocast(device), torch.no_grad():
+        for part in x.split(max(1, edlm.JUDGED_TOKENS // x.shape[1])):
+            log_p.append(ar.log_prob(part.to(device)).cpu()[:, drawn].double().sum(dim=1))
+    return perplexity(torch.cat(log_p), drawn.sum().repeat(len(x)))
 
 
-# ------------ How good they are -------------------------------------------------------------------
-
-
-def unigram_entropy(x: torch.Tensor) -> float:
-    """Bits of entropy of the token frequencies in a sequence (without BOS), mean over sequences."""
+def unigram_entropy(x: Tensor) -> Tensor:
+    """Bits of entropy of the token frequencies in each sequence, without BOS: Float[N]."""
     shares = [row.unique(return_counts=True)[1].double() / len(row) for row in x[:, 1:]]
-    return torch.stack([-(p * p.log2()).sum() for p in shares]).mean().item()
+    return torch.stack([-(p * p.log2()).sum() for p in shares])
 
 
-@torch.no_grad()
-def ar_perplexity(ar, x: torch.Tensor, drawn: torch.Tensor, device) -> float:
-    """exp of the mean negative log-probability, under the AR model, of the drawn tokens Bool[L]."""
-    pieces = x.split(max(1, edlm.JUDGED_TOKENS // x.shape[1]))
-    with edlm.autocast(device):
-        log_p = torch.cat([ar.log_prob(piece.to(device))[:, drawn.to(device)] for piece in pieces])
-    return log_p.double().mean().neg().exp().item()
+class OutsideLM:
+    """A causal language model that nobody here trained, read by the optional package transformers.
 
+    With --judge it is asked about the texts that were drawn, with --energy hf:NAME while drawing.
+    """
 
-def load_judge(name: str, device):
-    """An outside causal language model (package transformers): a function, texts to perplexity."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("--judge needs the optional package: pip install transformers") from None
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-    except Exception as error:  # a hub, a network or a damaged folder: many kinds
-        reason = data.first_line(error)[:150]
-        raise ValueError(f"--judge: transformers could not load {name!r} ({reason})") from error
-    longest = getattr(model.config, "max_position_embeddings", 1024)
+    def __init__(self, name: str, tokenizer, device):
+        """Raises ValueError if there is no such package or model, or it has no end of text."""
+        try:
+            import transformers
+        except ImportError:
+            reason = "a causal LM from outside needs the package: pip install transformers"
+            raise ValueError(reason) from None
+        try:
+            self.theirs = transformers.AutoTokenizer.from_pretrained(name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(name)
+        except Exception as error:  # a hub, a network or a damaged folder: many kinds
+            reason = str(error).strip().split("\n")[0][:150]
+            raise ValueError(f"transformers could not load {name!r} ({reason})") from error
+        self.name, self.ours = name, tokenizer
+        self.model = model.float().to(device).eval()
+        self.longest = getattr(model.config, "max_position_embeddings", None) or 1024
+        self.end = self.theirs.eos_token_id
+        self.begin = self.theirs.bos_token_id or self.end
+        if self.end is None:
+            raise ValueError(f"{name} has no token for the end of a text")
+        self.same_ids = False
+        if tokenizer.name == "gpt2" and self.end == tokenizer.eot_token:
+            probe = "A probe: 1,024 naïve tokens\n\n  of  GPT-2's."
+            self.same_ids = self.encode(probe) == data.encode(tokenizer, probe)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without what this tokenizer would put around it."""
+        return self.theirs(text, add_special_tokens=False)["input_ids"]
+
+    def ids(self, tokens: list[int]) -> list[int]:
+        """What this model reads for a sequence of ours, with BOS in front."""
+        if self.same_ids:
+            return tokens
+        framed = tokens[-1] == self.ours.eot_token  # every block ends so: it says nothing
+        ids, piece = [self.begin], []
+        for token in tokens[1 : len(tokens) - framed]:
+            if token == self.ours.eot_token:
+                ids += [*self.encode(data.decode(self.ours, piece)), self.end]
+                piece = []
+            else:
+                piece.append(token)
+        return ids + self.encode(data.decode(self.ours, piece))
 
     @torch.no_grad()
-    def perplexity(texts: list[str]) -> float:
-        nats, count = 0.0, 0
-        for text in texts:
-            ids = torch.tensor([tokenizer(text)["input_ids"][:longest]], device=device)
-            if (scored := ids.shape[1] - 1) > 0:
-                nats += model(ids, labels=ids).loss.item() * scored
-                count += scored
-        return torch.tensor(nats / count).exp().item() if count else math.nan
+    def log_prob(self, rows: list[list[int]]) -> Tensor:
+        """log p of each row of ids given its first one: Float[rows]. ValueError if one is long."""
+        longest = max(map(len, rows))
+        if longest > self.longest:
+            has = f"a text to be judged has {longest} tokens"
+            raise ValueError(f"{has}, {self.name} reads {self.longest}")
+        device, log_p = self.model.device, []
+        logits_bytes = 8 * longest * self.model.config.vocab_size  # of a row
+        at_once = max(1, BATCH_BYTES[device.type] // logits_bytes)
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            length = torch.tensor([len(row) for row in part], device=device)
+            width = length.max().item()
+            # No token sees what stands to its right, so padding there changes nothing.
+            padded = [row + [self.end] * (width - len(row)) for row in part]
+            ids = torch.tensor(padded, device=device)  # [rows, width]
+            logits = self.model(ids).logits[:, :-1].float()  # what position i says of token i + 1
+            target = ids[:, 1:, None]
+            scores = logits.gather(2, target)[:, :, 0] - logits.logsumexp(dim=2)
+            real = torch.arange(1, width, device=device) < length[:, None]
+            log_p.append(scores.where(real, 0).sum(dim=1))
+        return torch.cat(log_p)
 
-    return perplexity
+    def energy(self, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
+        """E = log_q - log p, equation (5) with this model for p_AR: Float[B, K], nats.
+
+        Where both sides have GPT-2's tokenizer, ids are passed as they are, and this is EDLM-AR.
+        Otherwise a candidate becomes text, which is tokenised anew. END_OF_TEXT between documents
+        becomes this model's own; the one that ends a block is not scored. This is not exact. A text
+        has many spellings in tokens, and log p is that of one of them. All bytes that are not UTF-8
+        become the same substitute. So p is close to this model's law of texts, but not equal to it.
+        The sampler, and the bound of --eval, are right all the same: they take any energy.
+        """
+        rows = [self.ids(tokens) for tokens in candidates.flatten(0, 1).tolist()]
+        return log_q - self.log_prob(rows).view(log_q.shape)
+
+    def perplexity(self, texts: list[str]) -> tuple[float, float | None]:
+        """Perplexity of texts, each cut where this model cannot read on, and its standard error."""
+        rows = [[self.begin, *self.encode(text)][: self.longest] for text in texts]
+        return perplexity(self.log_prob(rows).cpu(), torch.tensor([len(row) - 1 for row in rows]))
 
 
-def run(args) -> list[dict]:
-    """Draws and shows every setting; returns a row of figures for each, as --json writes them."""
-    models, tokenizer, device = load(args)
+# ------------ 5. Draw and look --------------------------------------------------------------------
+
+# The columns of a table: (title, key of the value, key of its standard error, format).
+FIGURES = (
+    ("", "name", None, ""),
+    ("passes in turn", "passes_in_turn", "passes_in_turn_error", ".2f"),
+    ("in all", "passes_in_all", None, ".1f"),
+    ("s alone", "seconds_alone", None, ".2g"),
+    ("s in batch", "seconds_per_text", None, ".2g"),
+    ("valid", "valid_fraction", "valid_fraction_error", ".3f"),
+    ("AR ppl", "ar_perplexity", "ar_perplexity_error", ".3f"),
+    ("judge ppl", "judge_perplexity", "judge_perplexity_error", ".3f"),
+    ("entropy", "entropy", "entropy_error", ".3f"),
+    ("ess", "ess", None, ".1f"),
+    ("accepted", "acceptance", None, ".2f"),
+)
+SCORES = (
+    ("", "model", None, ""),
+    ("", "what", None, ""),
+    ("nats/token", "nats_per_token", "standard_error", ".4f"),
+    ("perplexity", "perplexity", None, ".3f"),
+    ("bits/character", "bits_per_character", None, ".3f"),
+    ("bits/byte", "bits_per_byte", None, ".3f"),
+    ("gain over MDLM", "gain", "gain_standard_error", ".4f"),
+    ("with n/4", "with_quarter_n", None, ".4f"),
+)
+
+
+def print_table(rows: list[dict], columns: tuple) -> None:
+    """Rows on the screen. A column that no row has is left out."""
+    columns = [column for column in columns if any(row.get(column[1]) is not None for row in rows)]
+    table = [[title for title, *_ in columns]]
+    for row in rows:
+        cells = []
+        for _, key, error, form in columns:
+            value = "" if row.get(key) is None else format(row[key], form)
+            cells.append(value if row.get(error) is None else f"{value} +- {row[error]:{form}}")
+        table.append(cells)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *others in table:
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print(first.ljust(widths[0]), *aligned, sep="  ")
+    print()
+
+
+def write_rows(args, rows: list[dict]) -> None:
+    """Brings --json, if it is given, up to date. Every row is written before it is shown."""
+    if args.json:
+        data.write_json(args.json, {"settings": vars(args), "rows": rows})
+
+
+def draw_all(args, models: dict, tokenizer, device) -> None:
+    """Draws from every setting. Shows texts as they come, and the figures in a table."""
     config = next(iter(models.values())).config
     start = start_state(args, config, tokenizer)
-    # only a whole story can be right or wrong
+    masked = start == config.mask_id
+    # Only a whole story can be right or wrong.
     toy = tokenizer.name == "toy" and len(start) == config.block_size
-    num = args.num or (300 if toy and args.prompt is None and args.infill is None else 4)
-    judge = load_judge(args.judge, device) if args.judge else None
-    print(f"{num} texts of every setting on {device}; forward passes are per text\n")
+    num = args.num or (300 if toy and args.prompt is None else 4)
+    batch = args.batch or default_batch(config, len(start), device)
+    judge = OutsideLM(args.judge, tokenizer, device) if args.judge else None
+    energies = load_energies(args, models, tokenizer, device)
+    print(f"{num} texts of every setting on {device}\n")
     rows = []
-    for setting in list_settings(args, models):
-        row = draw(models, tokenizer, device, start, num, args, setting)
-        x = row.pop("x")
+    for setting in list_settings(args, models, energies):
+        row = dict(name=setting.name, model=setting.model, num=num)
+        row.update(steps=setting.steps, k=setting.k, window=setting.window)
+        run = partial(draw, setting, models, start)
+        if args.compare:  # the first is not counted: it pays for what happens only once
+            alone = [run(1, 1, args.seed + i)[1]["seconds_per_text"] for i in range(ALONE + 1)]
+            row["seconds_alone"] = sum(alone[1:]) / ALONE
+        x, took = run(num, batch, args.seed, Screen(tokenizer) if args.watch else None)
+        row.update(took)
+        row["entropy"], row["entropy_error"] = mean_and_error(unigram_entropy(x))
         texts = [data.decode(tokenizer, tokens) for tokens in x.tolist()]
-        valid = [data.toy_is_valid(text) for text in texts] if toy else None
-        drawn = start == config.mask_id
-        row |= dict(
-            name=setting["name"],
-            tokens=x.tolist(),
-            texts=texts,
-            valid_fraction=sum(valid) / num if toy else None,
-            entropy=unigram_entropy(x),
-            ar_perplexity=ar_perplexity(models["ar"], x, drawn, device) if "ar" in models else None,
-            judge_perplexity=judge(texts) if judge else None,
-        )
+        valid = torch.tensor([data.toy_is_valid(text) for text in texts])
+        if toy:
+            row["valid_fraction"], row["valid_fraction_error"] = mean_and_error(valid)
+        if "ar" in models:
+            ppl = ar_perplexity(models["ar"], x, masked, device)
+            row["ar_perplexity"], row["ar_perplexity_error"] = ppl
+        if judge:
+            row["judge_perplexity"], row["judge_perplexity_error"] = judge.perplexity(texts)
+        row.update(tokens=x.tolist(), texts=texts)
         rows.append(row)
+        write_rows(args, rows)
         if not args.compare:
-            for i in range(min(num, 4)):
-                mark = "" if valid is None else "[ok]      " if valid[i] else "[broken]  "
-                print(
-                    mark
-                    + printable(tokenizer, x[i])
-                    + ("" if tokenizer.name == "toy" else "\n" + "-" * 80)
-                )
-        line = [form.format(row[key]) for key, form in FIGURES.items() if row[key] is not None]
-        print(
-            f"{row['name']:18}", *line, sep="  ", end="\n" if args.compare else "\n\n", flush=True
-        )
+            print(setting.name)
+            for text, right in zip(x[:SHOWN], valid, strict=False):
+                mark = "-" * 80 + "\n" if not toy else "[ok]      " if right else "[broken]  "
+                print(mark + printable(tokenizer, text))
+            print()
+    print_table(rows, FIGURES)
+
+
+# ------------ 6. How likely a text is -------------------------------------------------------------
+
+
+def held_out(args, config: edlm.Config, tokenizer):
+    """The blocks to score, each Long[L]: of --data, else of the run's own validation data."""
+    source = args.data
+    if source is None:
+        try:
+            source = json.loads((Path(args.out) / "settings.json").read_text())["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            reason = f"{args.out} has no settings.json that names its data"
+            raise ValueError(f"{reason}: give --data FOLDER or FILE") from None
+    if Path(source).is_file():
+        blocks, tokens = data.text_blocks(source, tokenizer, config.block_size, args.detokenize)
+    else:
+        blocks = data.Blocks(source, "val", config.block_size)
+        if blocks.tokenizer != tokenizer.name:
+            has = f"{source} holds {blocks.tokenizer} tokens"
+            raise ValueError(f"{has}, {args.out} needs {tokenizer.name}")
+        tokens = sum(shard[2] for shard in blocks.shards)
+    blocks = Subset(blocks, range(min(args.blocks, len(blocks))))
+    scored = len(blocks) * (len(blocks[0]) - 2)  # a block has END_OF_TEXT at both ends
+    print(f"scored {scored:,} of {tokens:,} tokens of {source}\n")
+    return blocks
+
+
+def estimators(models: dict, settings: list[Setting], energies: dict, n: int) -> list[tuple]:
+    """A row of the table each: (name, what it is, function of x0, its setting if it has one).
+
+    The functions give nats per sequence, Float[B].
+    """
+    rows = []
+    if "denoiser" in models:
+        given = dict(mask_id=models["denoiser"].config.mask_id)
+        nelbo = partial(edlm.nelbo, models["denoiser"], **given)
+        rows.append(("MDLM", "bound", nelbo, None))
+    for setting in settings:
+        if setting.model in ("AR", EXACT):  # from masks alone, the exact sampler draws AR's law
+
+            def score(x0):
+                return -models["ar"].log_prob(x0).sum(dim=1)
+
+            rows.append((setting.name, "exact", score, setting))
+            continue
+        own = dict(steps=setting.steps, k=setting.k or 1, window=setting.window, n=n)
+        bound = partial(edlm.sampler_nelbo, models["denoiser"], setting.energy, **given, **own)
+        rows.append((setting.name, "bound", bound, setting))
+    for model, energy in energies.items():
+        for end in ("exact",) if model == "EDLM-coAR" else ("lower", "upper"):
+            own = dict(log_partition=end, n=n)
+            joint = partial(edlm.joint_nelbo, models["denoiser"], energy, **given, **own)
+            rows.append((f"{model} joint, log Z {end}", "estimate", joint, None))
     return rows
 
 
-def main(argv=None) -> None:
+@torch.no_grad()
+def score_blocks(name: str, score: Callable, blocks, device) -> Tensor:
+    """score(x0=...) of every block, in nats per sequence: Float64[blocks]."""
+    loader = DataLoader(blocks, batch_size=max(1, 4096 // len(blocks[0])))  # 4096 tokens at once
+    nats = []
+    for i, x0 in enumerate(data.progress(loader, desc=name, leave=False, delay=1)):
+        torch.manual_seed(i)  # every row meets the same masks, so rows can be compared in pairs
+        with edlm.autocast(device):
+            nats.append(score(x0=x0.to(device)).cpu().double())
+    return torch.cat(nats)
+
+
+def score_row(name: str, what: str, nats: Tensor, M: int, tokenizer) -> dict:
+    """A row of the table, from nats Float[blocks] of the M scored tokens of each block."""
+    mean, error = mean_and_error(nats / M)
+    row = dict(model=name, what=what, nats_per_token=mean, standard_error=error)
+    row["perplexity"] = torch.tensor(mean).exp().item()  # inf, where math.exp would overflow
+    row.update(sequences=len(nats), tokens=len(nats) * M)
+    if tokenizer.name in ("bytes", "text8"):
+        # The last of the M tokens is END_OF_TEXT, which is no character of the text.
+        unit = "byte" if tokenizer.name == "bytes" else "character"
+        row[f"bits_per_{unit}"] = mean * M / (M - 1) / math.log(2)
+    return row
+
+
+def score_all(args, models: dict, tokenizer, device) -> None:
+    """Says how likely each setting is to draw the text that is scored."""
+    config = next(iter(models.values())).config
+    blocks = held_out(args, config, tokenizer)
+    M = len(blocks[0]) - 1
+    energies = load_energies(args, models, tokenizer, device)
+    settings = list_settings(args, models, energies)
+    rows, plain = [], {}
+    if tokenizer.name == "toy" and isinstance(blocks.dataset, data.Blocks):
+        floor = torch.tensor([data.toy_entropy()])
+        rows.append(score_row("language (floor)", "exact", floor, M, tokenizer))
+    for name, what, score, setting in estimators(models, settings, energies, args.n):
+        nats = score_blocks(name, score, blocks, device)
+        row = score_row(name, what, nats, M, tokenizer)
+        if setting and setting.model == "MDLM":
+            plain[setting.steps] = nats
+        if setting and setting.energy:
+            difference = (plain[setting.steps] - nats) / M
+            row["gain"], row["gain_standard_error"] = mean_and_error(difference)
+            if setting.k <= args.n // 4:  # does the bound still fall as n grows?
+                quarter = score_blocks(
+                    f"{name}, n/4", partial(score, n=args.n // 4), blocks, device
+                )
+                row["with_quarter_n"] = quarter.mean().item() / M
+        rows.append(row)
+        write_rows(args, rows)
+    print_table(rows, SCORES)
+
+
+def main(argv: list[str] | None = None) -> None:
     """The command line: `python sample.py --help`."""
     args = parse(argv)
-    rows = run(args)
-    if args.json:
-        data.write_json(args.json, dict(settings=vars(args), rows=rows))
-    if len(rows) == 2:
-        print(
-            "next: --watch, --energy ar, --steps 16, --prompt, --infill or --compare (see --help)"
-        )
+    if int(os.environ.get("RANK", 0)) > 0:
+        return  # torchrun started several of us, and one is enough
+    models, tokenizer, device = load(args)
+    if args.eval:
+        score_all(args, models, tokenizer, device)
+        return
+    draw_all(args, models, tokenizer, device)
+    if not args.compare:
+        print("next: --energy exact, --watch, --steps 4, --prompt, --infill, --compare or --eval")
 
 
 if __name__ == "__main__":
-    data.run("sample.py", main)
+    data.run(main)
