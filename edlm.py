@@ -153,7 +153,8 @@ class Transformer(nn.Module):
 
     Rotary attention sees only differences of positions: in a row of nothing but masks, all
     positions would look alike. The BOS token in front tells them apart. This is why it is never
-    masked."""
+    masked.
+    """
 
     def __init__(self, config: Config, causal: bool):
         super().__init__()
@@ -192,7 +193,8 @@ class OutputLayer(nn.Linear):
 
     GPUs are slow at odd sizes such as GPT-2's V = 50257, so V is rounded up to a multiple of 64.
     The unused columns have a bias of -1e30. Their probability and their gradient are then exactly
-    0."""
+    0.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config.n_embd, math.ceil(config.vocab_size / 64) * 64)
@@ -207,7 +209,8 @@ def alpha(t: Tensor, schedule: str = "linear") -> Tensor:
     """alpha_t of equation (1), the probability that a token is visible at time t: Float, any shape.
 
     "linear" is 1 - t, the paper's log-linear noise. "cosine" is 1 - cos(pi/2 (1 - t)), which
-    reveals fewer tokens while little is known. Raises ValueError for another name."""
+    reveals fewer tokens while little is known. Raises ValueError for another name.
+    """
     if schedule == "linear":
         return 1 - t
     if schedule == "cosine":
@@ -309,7 +312,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, where: Tensor) -> Tensor:
         """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V rounded up]. Other positions never
-        reach the vocabulary."""
+        reach the vocabulary.
+        """
         hidden = self.transformer(self.transformer.embed(x_t))  # [B, L, d]
         return self.head(hidden[where])
 
@@ -568,7 +572,7 @@ def sample_plain(
         chosen = candidates[:, 0]
         if judged:
             pick = importance_weights(energy(candidates, x, log_q)).multinomial(1)  # [B, 1]
-            chosen = candidates[torch.arange(len(x)), pick[:, 0]]
+            chosen = candidates.take_along_dim(pick[:, :, None], dim=1)[:, 0]
         alpha_t, alpha_s = alpha(t, schedule), alpha(s, schedule)
         coin = torch.rand(x.shape, device=x.device) < (alpha_s - alpha_t) / (1 - alpha_t)  # (2)
         x = torch.where(masked & coin, chosen, x)
@@ -598,16 +602,16 @@ def in_chunks(energy, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
     return torch.cat([energy(*piece) for piece in pieces]).view(B, K)
 
 
-def check_energies(E: Tensor, rows: Tensor) -> None:
-    """Raises ValueError, naming the row, if softmax(-E) over the last dimension has no meaning.
+def check_energies(E: Tensor, rows) -> None:
+    """Raises ValueError if energies E Float[B, ..., K] make no weights softmax(-E) of K candidates.
 
-    E Float[B, ..., K]; rows Long[B] are the numbers to name. +inf for some of the K candidates only
-    means that they are never kept. +inf for all of them, -inf and nan are refused.
+    +inf for some of the K only means that they are never kept. +inf for all of them, -inf and nan
+    are refused. The message names the row: rows[b] is the number of row b.
     """
     lowest = E.amin(dim=-1).view(len(E), -1)  # nan if there is a nan
     bad = ~lowest.isfinite().all(dim=1)
     if bad.any():
-        row = rows[bad][0].item()
+        row = int(rows[bad.nonzero()[0].item()])
         raise ValueError(f"row {row}: energies are nan, -inf, or +inf for all candidates")
 
 
@@ -762,7 +766,7 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 # Perplexity is exp(nats per token). Two different numbers have been given this name.
 #
 #     (8)  partition   with T_n = log of the mean of exp(-E(x', x_t)) over n draws x' from mu:
-#                      E[T_n] <= log Z <= E[(2n - 1) T_n - 2 (n - 1) T_{n-1}]
+#                      mean[T_n] <= log Z <= mean[(2n - 1) T_n - 2 (n - 1) T_{n-1}]
 #                      The first holds for every n, the second once n is large enough.
 #     (9)  joint       sum over m = 1..M of (1/m) mean over |S| = m [
 #                          -log mu(x0 | x_{-S}) + E(x0, x_{-S}) + log Z(x_{-S}) ]
@@ -811,13 +815,14 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     At small n `upper` is no upper bound. If the weight is 1000 for one text in a hundred, and 1 for
     the others, then log Z = 2.40, and the mean of `upper` is 0.25, 0.92, 2.14, 3.02, 2.53 for n =
     2, 8, 32, 128, 512. `upper` is +inf for a row in which only one draw has a finite energy. Raises
-    ValueError for n < 2 and for energies that `check_energies` refuses."""
+    ValueError for n < 2 and for energies that `check_energies` refuses.
+    """
     if n < 2:
         raise ValueError(f"the bounds on log Z leave one of n >= 2 draws out: n is {n}")
     S = x_t == mask_id
     draws, log_q = propose(denoiser(x_t, S), x_t, S, n)
     E = in_chunks(energy, draws, x_t, log_q)
-    check_energies(E, torch.arange(len(E)))
+    check_energies(E, range(len(E)))
     log_w = -E.double()  # [B, n]; the factor 2n - 1 multiplies rounding errors
     T_n = log_mean_exp(log_w)  # [B]
     left_out = torch.eye(n, dtype=torch.bool, device=E.device)
@@ -869,7 +874,8 @@ def sampler_nelbo(
 
     What it costs: one denoiser pass and 2n energies a row. Raises ValueError unless 1 <= k <= n and
     0 <= window <= 1, for steps < 1, and, naming the row, where all k candidates of a term have
-    energy +inf, which `sample` refuses as well."""
+    energy +inf, which `sample` refuses as well.
+    """
     if not 1 <= k <= n or not 0 <= window <= 1:
         raise ValueError(f"needs 1 <= k <= n and 0 <= window <= 1: got {k}, {n}, {window}")
     M = x0.shape[1] - 1

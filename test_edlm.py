@@ -271,7 +271,7 @@ def test_categorical_has_the_law_of_its_logits():
 def test_draw_step_has_the_law_that_the_losses_weigh(steps):
     """S, U and the window are as likely as |U| / M times their share of the timetables.
 
-    The ranks of a batch are spread evenly, in random order, so neighbours differ. BOS is never in S.
+    The ranks of a batch are spread evenly and in random order. BOS is never in S.
     """
     M, B, window = 4, 64, 0.4
     law = torch.zeros(2, 32, 32)
