@@ -12,41 +12,40 @@ fills all masks in one pass, each from a distribution of its own. So words that 
 other often do not. A *residual energy* reads a whole candidate text and says how plausible it is.
 EDLM lets the denoiser draft several candidates and keeps one of them, chosen by the energy.
 
-Symbols. They mean the same everywhere:
+Symbols, the same everywhere:
 
-    B  sequences in a batch            L  tokens in a sequence (the block)
-    M  = L - 1, those that can be masked   V  tokens in the vocabulary
-    N  positions that are asked for    K  candidates for each sequence (k as an argument)
-    T  steps of the sampler (`steps` as an argument)
-    t  time: 1 when all is masked, 0 when all is revealed
+    B  sequences in a batch       L  tokens in a sequence    M  = L - 1, those that can be masked
+    V  tokens in the vocabulary   K  candidates (argument k)  N  positions that are asked for
+    T  steps of the sampler (argument steps)                 t  time: 1 all masked, 0 all revealed
 
-    x0       Long[B, L]   a clean text; x0[:, 0] is BOS: it is given, never masked, never scored
-    mask_id  = V          the id of the mask; it is an input only, no network ever outputs it
+    x0       Long[B, L]   a clean text; x0[:, 0] is BOS: given, never masked, never scored
+    mask_id  = V          the id of the mask: an input only, never an output
     x_t      Long[B, L]   x0 with some of its tokens replaced by mask_id
     S        Bool[B, L]   the masked positions
     U        Bool[B, L]   those positions of S that one step of the sampler reveals
-    x_{-S}                x0 without its tokens on S (they are masked); x_t is x_{-S} for some S
+    x_{-S}                x0 without its tokens on S: they are masked. Any x_t is x_{-S} for its S
     x0_U                  the tokens of x0 on U
     mu                    the denoiser's distribution; mu_i is its part for position i
     log_q    Float[B, K]  log mu of all masked tokens of a candidate, in nats
-    E        Float[B, K]  the energy of a candidate; a low energy means a plausible text
+    E        Float[B, K]  energy of a candidate; a low energy means a plausible text
 
-A denoiser is anything that can be called as `denoiser(x_t, where)`, with `where` Bool[B, L], and
-returns logits for the N positions that are True in `where`, in row-major order. Logits are
-Float[N, V], or wider if the columns beyond V have probability 0. An energy is anything that can be
-called as `energy(candidates Long[B, K, L], x_t, log_q)` and returns Float[B, K].
+A denoiser is whatever can be called as denoiser(x_t, where Bool[B, L]) and returns logits for the N
+positions that are True in `where`, in row-major order: Float[N, V], or wider if the columns beyond
+V have probability 0. An energy is whatever can be called as energy(candidates Long[B, K, L], x_t,
+log_q) and returns Float[B, K].
 
-The equations, in the paper's order. mean[...] is an average:
+The equations, in the paper's order; mean[...] is an average, x' a draw from mu(. | x_t):
 
-    (1) forward    each token is masked with probability 1 - alpha_t; alpha_1 = 0, alpha_0 = 1
+    (1) forward    a token is masked with probability 1 - alpha_t; alpha_1 = 0 and alpha_0 = 1
     (2) reverse    from t to an earlier s < t, a masked token is revealed with probability
                    (alpha_s - alpha_t) / (1 - alpha_t); a revealed token never changes again
-    (3) NELBO      sum over m = 1..M of (1/m) mean over |S| = m [ sum_{i in S} -log mu_i(x0_i |
-    x_{-S}) ] (4) EDLM       p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t) (5) AR energy
-    E(x0, x_t) = -log p_AR(x0) + log mu(x0 | x_t) (6) NCE loss   softplus(E(x0, x_t)) +
-    softplus(-E(x', x_t)), x0 from the data, x' from mu(. | x_t) (7) weights    keep one of k
-    candidates from mu, with probability softmax(-E) (8) - (10)     perplexity: at the head of
-    section 7
+    (3) NELBO      sum over m = 1..M of (1/m) mean over |S| = m [
+                       sum over i in S of -log mu_i(x0_i | x_{-S}) ]
+    (4) EDLM       p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t)
+    (5) AR energy  E(x0, x_t) = -log p_AR(x0) + log mu(x0 | x_t)
+    (6) NCE loss   softplus(E(x0, x_t)) + softplus(-E(x', x_t))
+    (7) weights    keep one of k candidates, with probability softmax(-E)
+    (8) to (10)    what perplexity means: at the head of section 7
 """
 
 import hashlib
@@ -154,7 +153,8 @@ class Transformer(nn.Module):
 
     Rotary attention sees only differences of positions: in a row of nothing but masks, all
     positions would look alike. The BOS token in front tells them apart. This is why it is never
-    masked."""
+    masked.
+    """
 
     def __init__(self, config: Config, causal: bool):
         super().__init__()
@@ -193,7 +193,8 @@ class OutputLayer(nn.Linear):
 
     GPUs are slow at odd sizes such as GPT-2's V = 50257, so V is rounded up to a multiple of 64.
     The unused columns have a bias of -1e30. Their probability and their gradient are then exactly
-    0."""
+    0.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config.n_embd, math.ceil(config.vocab_size / 64) * 64)
@@ -208,7 +209,8 @@ def alpha(t: Tensor, schedule: str = "linear") -> Tensor:
     """alpha_t of equation (1), the probability that a token is visible at time t: Float, any shape.
 
     "linear" is 1 - t, the paper's log-linear noise. "cosine" is 1 - cos(pi/2 (1 - t)), which
-    reveals fewer tokens while little is known. Raises ValueError for another name."""
+    reveals fewer tokens while little is known. Raises ValueError for another name.
+    """
     if schedule == "linear":
         return 1 - t
     if schedule == "cosine":
@@ -248,8 +250,8 @@ def draw_timetable(
 
     A token is visible at time t with probability alpha_t, so alpha_t = u with a uniform u gives its
     time of reveal. With T steps it is rounded down to the start of its step: 0, 1/T, 2/T, ...
-    steps=None is the limit of many steps, in which tokens are revealed one by one. Raises ValueError
-    for steps < 1 or an unknown schedule.
+    steps=None is the limit of many steps, in which tokens are revealed one by one. Raises
+    ValueError for steps < 1 or an unknown schedule.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"a chain has at least 1 step, not {steps}")
@@ -310,7 +312,8 @@ class Denoiser(nn.Module):
 
     def forward(self, x_t: Tensor, where: Tensor) -> Tensor:
         """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V rounded up]. Other positions never
-        reach the vocabulary."""
+        reach the vocabulary.
+        """
         hidden = self.transformer(self.transformer.embed(x_t))  # [B, L, d]
         return self.head(hidden[where])
 
@@ -457,8 +460,8 @@ class ARResidual:
     In (4) mu cancels then: p(x0 | x_t) is p_AR(x0), normalised over the texts that agree with x_t.
     Z is the AR model's probability of the visible tokens, which nobody can compute.
 
-    carry_over=True is EDLM-coAR: only masked tokens are scored, not those carried over from x_t. Now
-    mu exp(-E) is the product over masked i of p_AR(x0_i | x0_<i). It sums to exactly 1: Z = 1.
+    carry_over=True is EDLM-coAR: only masked tokens are scored, not those carried over from x_t.
+    Now mu exp(-E) is the product over masked i of p_AR(x0_i | x0_<i). It sums to exactly 1: Z = 1.
     """
 
     def __init__(self, ar: AutoregressiveLM, carry_over: bool = False):
@@ -569,11 +572,9 @@ def sample_plain(
         chosen = candidates[:, 0]
         if judged:
             pick = importance_weights(energy(candidates, x, log_q)).multinomial(1)  # [B, 1]
-            chosen = candidates[torch.arange(len(x)), pick[:, 0]]
-        reveal = (alpha(s, schedule) - alpha(t, schedule)) / (
-            1 - alpha(t, schedule)
-        )  # equation (2)
-        coin = torch.rand(x.shape, device=x.device) < reveal
+            chosen = candidates.take_along_dim(pick[:, :, None], dim=1)[:, 0]
+        alpha_t, alpha_s = alpha(t, schedule), alpha(s, schedule)
+        coin = torch.rand(x.shape, device=x.device) < (alpha_s - alpha_t) / (1 - alpha_t)  # (2)
         x = torch.where(masked & coin, chosen, x)
     return x
 
@@ -601,16 +602,16 @@ def in_chunks(energy, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
     return torch.cat([energy(*piece) for piece in pieces]).view(B, K)
 
 
-def check_energies(E: Tensor, rows: Tensor) -> None:
-    """Raises ValueError, naming the row, if softmax(-E) over the last dimension has no meaning.
+def check_energies(E: Tensor, rows) -> None:
+    """Raises ValueError if energies E Float[B, ..., K] make no weights softmax(-E) of K candidates.
 
-    E Float[B, ..., K]; rows Long[B] are the numbers to name. +inf for some of the K candidates only
-    means that they are never kept. +inf for all of them, -inf and nan are refused.
+    +inf for some of the K only means that they are never kept. +inf for all of them, -inf and nan
+    are refused. The message names the row: rows[b] is the number of row b.
     """
     lowest = E.amin(dim=-1).view(len(E), -1)  # nan if there is a nan
     bad = ~lowest.isfinite().all(dim=1)
     if bad.any():
-        row = rows[bad][0].item()
+        row = int(rows[bad.nonzero()[0].item()])
         raise ValueError(f"row {row}: energies are nan, -inf, or +inf for all candidates")
 
 
@@ -620,12 +621,10 @@ class SampleState:
 
     x: Tensor  # Long[B, L]
     t: Tensor  # Float[B], the time that each row has reached, from 1 towards 0
-    ess: (
-        Tensor  # Float[B], effective sample size 1 / sum of squared weights; nan if none was judged
-    )
-    in_turn: Tensor  # Long[B], network passes so far that had to wait for each other
-    in_all: Tensor  # Long[B], network passes so far; judging k candidates counts as k
-    refused: Tensor | None = None  # Long[B], drafts refused so far, by `sample_exact`
+    ess: Tensor  # Float[B], effective sample size 1 / (sum of w^2); nan where none was judged
+    in_turn: Tensor  # Long[B], network passes so far, one after the other; judging is one more
+    in_all: Tensor  # Long[B], network passes so far in all; judging k candidates is k more
+    refused: Tensor | None = None  # Long[B], drafts refused so far (`sample_exact` only)
 
 
 def choose(denoiser, energy, x_t, U, inside, rows, *, mask_id, k, generator):
@@ -715,70 +714,65 @@ def sample(
 
 
 @torch.no_grad()
-def sample_exact(denoiser, ar, x, *, mask_id, redraft: int = 4, generator=None):
-    """Draws from EDLM-coAR without any approximation: yields SampleState, the last is the text.
+def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
+    """Draws from EDLM-coAR without approximation: yields SampleState; the last one holds the texts.
 
-    For EDLM-coAR (4) is a product over masked i of p_AR(x0_i | x0_<i), and Z = 1. So no weights, no k
-    and no T are needed. The denoiser drafts all masked tokens of x Long[B, L], the AR model reads
-    the drafts, and we go through them from left to right. A draft is accepted with probability
-    min(1, p_AR / mu). The first one that is refused is drawn anew from the positive part of
-    p_AR - mu, which makes up exactly for what the refusals took away. This is speculative decoding.
-    The drafts behind it stay valid, because under mu they are independent of it. The AR model reads
-    the text again, and so on. After every `redraft` rounds the denoiser drafts what is still open
-    anew: it then knows more, so fewer drafts are refused.
+    For EDLM-coAR, (4) is the product over masked i of p_AR(x0_i | x0_<i), and Z = 1. So it can be
+    drawn from exactly, without k, weights or T. The denoiser drafts all masked tokens of x
+    Long[B, L], each from q_i = mu_i. Then, in rounds:
 
-    `ar` has a method logits(x, where), as AutoregressiveLM. Given tokens never change, and p_AR
-    sees none that stand to the right of a gap. Holds B L V numbers. Raises ValueError as `sample`
-    does."""
+    The AR model reads the drafts, in one pass. We go through them from left to right and accept
+    draft i with probability min(1, p_i / q_i). The first one that is refused is drawn anew from the
+    positive part of p_i - q_i, which makes up for the refusals: the token has exactly the law p_i.
+    All drafts to its right are drawn anew, now from what the AR model has just said of them: in the
+    next round, these p are the q. Nothing but q must be known of a draft, so the law stays exact.
+
+    This is speculative decoding with a denoiser as the drafter. `ar` has a method `logits`, as
+    AutoregressiveLM has. Given tokens never change; p_AR does not see those to the right of a gap.
+    Raises ValueError for a model in training mode, and for logits that are no distribution.
+    """
     check_eval(denoiser=denoiser, ar=ar)
-    position = torch.arange(x.shape[1], device=x.device)
-    wanted = (x == mask_id).sum(dim=1)
-    in_turn = torch.zeros_like(wanted)
-    refused = torch.zeros_like(wanted)
-    nan = torch.full(wanted.shape, math.nan, device=x.device)
-    yield SampleState(x, torch.ones_like(nan), nan, in_turn, in_turn, refused)
-    rounds = 0
-    while (x == mask_id).any():
-        S = x == mask_id  # [B, L]
-        rows = S.any(dim=1)  # Bool[B]: the other sequences are finished
-        if rounds % redraft == 0:
-            logits = denoiser(x[rows], S[rows])
-            mu = put_back(probabilities(logits, mask_id), S)  # [B, L, V]
-            draft = put_back(categorical(logits, 1, generator)[0][:, 0], S)  # [B, L]
-            in_turn = in_turn + rows
-        drafted = torch.where(S, draft, x)
-        p = put_back(probabilities(ar.logits(drafted[rows], S[rows]), mask_id), S)  # [B, L, V]
-        in_turn = in_turn + rows
-        p_draft = p.gather(2, draft[:, :, None])[:, :, 0]
-        mu_draft = mu.gather(2, draft[:, :, None])[:, :, 0]
-        u = torch.rand(x.shape, device=x.device, generator=generator)
-        refuse = S & (u * mu_draft >= p_draft)
-        first = torch.where(refuse, position, len(position)).min(dim=1).values  # [B]
-        x = torch.where(S & (position < first[:, None]), draft, x)
-        again = (first < len(position)).nonzero()[:, 0]  # the rows with a refusal
-        if len(again):
-            here = again, first[again]
-            left = (p[here] - mu[here]).clamp(min=0)  # [rows, V]
-            left = torch.where(
-                left.sum(dim=1, keepdim=True) > 0, left, p[here]
-            )  # p is mu: rounding
-            x[here] = categorical(left.log(), 1, generator)[0][:, 0]
-        refused = refused + (first < len(position))
-        t = (x == mask_id).sum(dim=1) / wanted.clamp(min=1)  # the share that is still masked
-        rounds += 1
-        yield SampleState(x, t, nan, in_turn, in_turn, refused)
+    S = x == mask_id
+    passes = S.any(dim=1).long()  # of the denoiser
+    refusals = torch.zeros_like(passes)
+    nan = torch.full(passes.shape, math.nan, device=x.device)
+    yield SampleState(x, torch.ones_like(nan), nan, 0 * passes, 0 * passes, refusals)
+    wanted = S.sum(dim=1).clamp(min=1)
+    q = probabilities(denoiser(x, S), mask_id)  # [N, V]
+    while S.any():
+        rows = S.any(dim=1)  # the other texts are finished
+        draft, _ = categorical(q.log(), 1, generator)  # [N, 1]
+        text = x.masked_scatter(S, draft)  # [B, L]
+        p = probabilities(ar.logits(text[rows], S[rows]), mask_id)  # [N, V]
+        u = torch.rand(len(q), 1, device=x.device, generator=generator)
+        refuse = put_back((u * q.gather(1, draft) >= p.gather(1, draft))[:, 0], S)  # [B, L]
+        count = refuse.cumsum(dim=1)
+        first = refuse & (count == 1)
+        x = torch.where(count == 0, text, x)
+        if first.any():
+            here = first[S]  # Bool[N]
+            rest = (p[here] - q[here]).clamp(min=0)
+            empty = rest.sum(dim=1, keepdim=True) == 0  # p equals q up to rounding
+            again, _ = categorical(torch.where(empty, p[here], rest).log(), 1, generator)
+            x = x.masked_scatter(first, again)
+        q = p[(x == mask_id)[S]]
+        S = x == mask_id
+        passes = passes + rows
+        refusals = refusals + first.any(dim=1)
+        yield SampleState(x, S.sum(dim=1) / wanted, nan, passes, passes, refusals)
 
 
 # ------------ 7. What perplexity means ------------------------------------------------------------
 # Perplexity is exp(nats per token). Two different numbers have been given this name.
 #
 #     (8)  partition   with T_n = log of the mean of exp(-E(x', x_t)) over n draws x' from mu:
-#                      E[T_n] <= log Z <= E[(2n - 1) T_n - 2 (n - 1) T_{n-1}]
+#                      mean[T_n] <= log Z <= mean[(2n - 1) T_n - 2 (n - 1) T_{n-1}]
 #                      The first holds for every n, the second once n is large enough.
 #     (9)  joint       sum over m = 1..M of (1/m) mean over |S| = m [
 #                          -log mu(x0 | x_{-S}) + E(x0, x_{-S}) + log Z(x_{-S}) ]
 #     (10) sampler     a step that reveals U out of S costs -log P_k(x0_U | x_{-S}), where
-# P_k(x0_U | x_{-S}) = mu_U(x0_U) mean[ k w_1 / (w_1 + ... + w_k) ], w = exp(-E)
+#                      P_k(x0_U | x_{-S}) = mu_U(x0_U) mean[ k w_1 / (w_1 + ... + w_k) ]
+#                      and w = exp(-E) are the weights of k candidates; the first has x0 on U
 #
 # The joint formula (9) is the paper's, and its tables report it. It is the NELBO (3) with
 # -log p(x0 | x_t) of (4) in place of -log mu. A step that reveals half of the masked tokens is
@@ -821,13 +815,14 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     At small n `upper` is no upper bound. If the weight is 1000 for one text in a hundred, and 1 for
     the others, then log Z = 2.40, and the mean of `upper` is 0.25, 0.92, 2.14, 3.02, 2.53 for n =
     2, 8, 32, 128, 512. `upper` is +inf for a row in which only one draw has a finite energy. Raises
-    ValueError for n < 2 and for energies that `check_energies` refuses."""
+    ValueError for n < 2 and for energies that `check_energies` refuses.
+    """
     if n < 2:
         raise ValueError(f"the bounds on log Z leave one of n >= 2 draws out: n is {n}")
     S = x_t == mask_id
     draws, log_q = propose(denoiser(x_t, S), x_t, S, n)
     E = in_chunks(energy, draws, x_t, log_q)
-    check_energies(E, torch.arange(len(E)))
+    check_energies(E, range(len(E)))
     log_w = -E.double()  # [B, n]; the factor 2n - 1 multiplies rounding errors
     T_n = log_mean_exp(log_w)  # [B]
     left_out = torch.eye(n, dtype=torch.bool, device=E.device)
@@ -879,7 +874,8 @@ def sampler_nelbo(
 
     What it costs: one denoiser pass and 2n energies a row. Raises ValueError unless 1 <= k <= n and
     0 <= window <= 1, for steps < 1, and, naming the row, where all k candidates of a term have
-    energy +inf, which `sample` refuses as well."""
+    energy +inf, which `sample` refuses as well.
+    """
     if not 1 <= k <= n or not 0 <= window <= 1:
         raise ValueError(f"needs 1 <= k <= n and 0 <= window <= 1: got {k}, {n}, {window}")
     M = x0.shape[1] - 1
