@@ -173,6 +173,8 @@ def load(args):
 
 def load_energies(args, models: dict, tokenizer, device) -> dict[str, Callable]:
     """The energies that are asked for, by their names in the paper."""
+    if args.model == "ar":
+        return {}
     if args.energy and args.energy.startswith("hf:"):
         outside = OutsideLM(args.energy.removeprefix("hf:"), tokenizer, device)
         return {"EDLM-hf": outside.energy}
@@ -292,7 +294,7 @@ def draw(
     row["passes_in_all"], _ = mean_and_error(torch.cat([end.in_all for end in ends]))
     ess = torch.cat(ess)
     row["ess"] = ess.nanmean().item() if ess.isfinite().any() else None
-    if setting.model == EXACT:  # every masked token was drafted once, and refused at most once
+    if setting.model == EXACT:  # a token is an accepted draft, or was drawn when one was refused
         refused = sum(end.refused.sum().item() for end in ends)
         row["acceptance"] = 1 - refused / (num * (start == mask_id).sum().item())
     return x, row

@@ -18,6 +18,7 @@ import math
 import os
 import pty
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -1552,22 +1553,15 @@ def figures(command):
     return {row.get("name") or row["model"]: row for row in rows}
 
 
-class Judge(torch.nn.Module):
-    """Both parts of a causal LM with a token for every two characters, its number what it costs."""
-
-    config = SimpleNamespace(max_position_embeddings=30)
-    from_pretrained = classmethod(lambda cls, name: cls())
-
-    def forward(self, given, labels=None):
-        if isinstance(given, str):
-            return {"input_ids": [ord(character) % 3 for character in given[::2]]}
-        return SimpleNamespace(loss=labels[:, 1:].float().mean())
-
-
-@pytest.mark.parametrize("energy", ["none", "ar", "coar", "nce"])
-def test_figures_of_every_energy(here, capsys, monkeypatch, energy):
+@pytest.mark.parametrize("energy", ["none", "ar", "coar", "nce", "exact"])
+def test_sample_figures_of_every_energy(here, capsys, monkeypatch, energy):
     texts = Counter()  # that went through each network
-    calls = {edlm.Denoiser: "forward", edlm.ARResidual: "__call__", edlm.NCEResidual: "forward"}
+    calls = {
+        edlm.Denoiser: "forward",
+        edlm.ARResidual: "__call__",
+        edlm.NCEResidual: "forward",
+        edlm.AutoregressiveLM: "logits",
+    }
     for cls, name in calls.items():
 
         def counted(self, x, *args, cls=cls, real=getattr(cls, name)):
@@ -1576,62 +1570,69 @@ def test_figures_of_every_energy(here, capsys, monkeypatch, energy):
 
         monkeypatch.setattr(cls, name, counted)
     monkeypatch.setattr(data, "toy_is_valid", lambda text: len(text) % 2 == 0)
-    fake = SimpleNamespace(AutoTokenizer=Judge, AutoModelForCausalLM=Judge)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    more = "" if energy == "none" else "--k 3 --window 0.5"
-    command = f"sample.py --energy {energy} --judge mine --num 6 --steps 4 {more}"
-    (row,) = figures(command).values()
-    denoised = texts.pop(edlm.Denoiser)
-    assert row["denoiser_forwards"] == pytest.approx(denoised / 6) and 0 < denoised <= 6 * 4
-    assert row["energy_forwards"] == pytest.approx(texts.total() / 6)
-    assert (row["ess"] is None and not row["energy_forwards"]) or 1 <= row["ess"] < 3.01
+    (row,) = figures(f"sample.py --energy {energy} --num 6 --steps 4 --k 3 --window 0.5").values()
+    assert row["passes_in_all"] == pytest.approx(texts.total() / 6)
+    judged = texts.total() - texts[edlm.Denoiser] if energy in edlm.ENERGIES else 0
+    in_turn = texts.total() - judged + judged / 3  # three candidates side by side are one pass
+    assert row["passes_in_turn"] == pytest.approx(in_turn / 6) and row["passes_in_turn_error"] >= 0
+    assert 1 <= row["ess"] < 3.01 if judged else row["ess"] is None
+    assert 0 < row["acceptance"] < 1 if energy == "exact" else "acceptance" not in row
     x, tokenizer = torch.tensor(row["tokens"]), data.get_tokenizer("toy")
     assert x.shape == (6, 21) and (x[:, 0] == tokenizer.eot_token).all()
     assert row["texts"] == [data.decode(tokenizer, tokens) for tokens in row["tokens"]]
     shares = torch.stack([tokens.bincount(minlength=36) / 20 for tokens in x[:, 1:]])
-    entropy = -torch.xlogy(shares, shares).sum().item() / 6 / math.log(2)
-    assert row["entropy"] == pytest.approx(entropy, rel=1e-5) and row["seconds"] > 0
+    entropy = -torch.xlogy(shares, shares).sum(dim=1) / math.log(2)
+    assert row["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-5)
+    assert row["entropy_error"] == pytest.approx(entropy.std().item() / 6**0.5, rel=1e-4)
     ar, _ = edlm.load_checkpoint("out/toy/ar.pt")
-    perplexity = math.exp(-ar.log_prob(x).sum().item() / (6 * 20))
+    cost = -ar.log_prob(x).sum(dim=1) / 20
+    perplexity = cost.mean().exp().item()
     assert row["ar_perplexity"] == pytest.approx(perplexity, rel=1e-4)
-    costs = [Judge()(text)["input_ids"][1:30] for text in row["texts"]]
-    perplexity = math.exp(sum(map(sum, costs)) / sum(map(len, costs)))
-    assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-4)
-    valid, shown = sum(len(text) % 2 == 0 for text in row["texts"]) / 6, capsys.readouterr().out
-    assert row["valid_fraction"] == valid and f"valid {valid:.3f}" in shown
-    for text in row["texts"][:4]:
-        assert re.search(rf"{'broken' if len(text) % 2 else 'ok'}\] +{re.escape(text)}\n", shown)
+    error = perplexity * cost.std().item() / 6**0.5
+    assert row["ar_perplexity_error"] == pytest.approx(error, rel=1e-3)
+    right = [len(text) % 2 == 0 for text in row["texts"]]
+    assert row["valid_fraction"] == sum(right) / 6
+    shown = capsys.readouterr().out
+    for text, valid in zip(row["texts"], right, strict=True):
+        assert f"[{'ok' if valid else 'broken'}]" in re.search(f".*{re.escape(text)}", shown)[0]
 
 
-def test_default_compare_and_seeds(here, capsys):
-    default, nce = figures("sample.py --num 4"), "EDLM-NCE T=8 k=16"
-    assert list(default) == ["MDLM T=8", nce]
+def test_sample_default_compare_and_seeds(here, capsys):
+    default, nce = figures("sample.py --num 4"), "EDLM-NCE T=2 k=16"
+    assert list(default) == ["MDLM T=2", nce] and "seconds_alone" not in default[nce]
     for flag in ("--window 0.5", "--schedule cosine"):
         changed = figures(f"sample.py --num 4 --energy nce {flag}")
         assert changed[nce]["tokens"] != default[nce]["tokens"]
-    command = "sample.py --compare --steps 2,4 --k 2,3 --num 2 --seed"
+    capsys.readouterr()
+    command = "sample.py --compare --steps 2,inf --k 2,3 --num 2 --seed"
     rows, again, other = (figures(f"{command} {seed}") for seed in (3, 3, 4))
-    names = [f"{n} T={T} k={k}" for _, n in edlm.ENERGIES.values() for T in (2, 4) for k in (2, 3)]
-    assert sorted(rows) == sorted(["AR", "MDLM T=2", "MDLM T=4", *names])
     shown = capsys.readouterr().out
     for name, row in rows.items():
         assert row["tokens"] == again[name]["tokens"] != other[name]["tokens"]
-        assert re.search(rf"^{re.escape(name)} .* valid", shown, re.M)
-    assert "next: " in shown and rows["AR"]["texts"][0] not in shown
+        assert row["seconds_alone"] > 0 and re.search(rf"^{re.escape(name)} .* \+- ", shown, re.M)
+    assert rows["AR"]["passes_in_turn"] == rows["MDLM T=inf"]["passes_in_turn"] == 20
+    assert rows["MDLM T=inf"]["steps"] is None and rows["MDLM T=inf"]["k"] is None
+    assert rows["AR"]["texts"][0] not in shown
+    # the same names in the table of bounds
+    scored = set(figures("sample.py --eval --data data/small --steps 2,inf --k 2,3 --n 4"))
+    joint = {name for name in scored if "joint" in name}
+    assert scored - joint == {*rows, "MDLM", "language (floor)"}
+    # a single text has no standard error, a denoiser alone no energy
     for stage in ("ar", "energy"):
         Path(f"out/toy/{stage}.pt").unlink()
-    (row,) = figures("sample.py --num 4 --steps 500").values()  # a denoiser alone
-    assert row["name"] == "MDLM T=500" and 15 < row["denoiser_forwards"] <= 20
+    (row,) = figures("sample.py --num 1 --steps 500").values()
+    assert row["name"] == "MDLM T=500" and 15 < row["passes_in_turn"] <= 20
+    assert row["entropy_error"] is None
 
 
-def test_given_tokens_are_kept(here, capsys):
+def test_sample_keeps_what_is_given(here, capsys):
     tokenizer = data.get_tokenizer("toy")
     commands = {
         "--model ar --prompt 'ben has a red'": "ben has a red",
-        "--steps 3 --prompt 'ben has a red'": "ben has a red",
-        "--infill 'ben has ___ red'": "ben has ? red",
+        "--steps 3 --prompt 'ben has a red '": "ben has a red",  # red carries no space behind it
+        "--energy exact --infill 'ben has ___ red'": "ben has ? red",
         "--infill 'ben ____*2 red'": "ben ? ? red",
-        "--infill '___ has a ___'": "? has a ?",
+        "--infill '___ has a ___ '": "? has a ?",
     }
     for command, given in commands.items():
         prompt = "--prompt" in command
@@ -1646,7 +1647,31 @@ def test_given_tokens_are_kept(here, capsys):
     assert all(x[1:5] == [*b"the "] and x[8:-1] == [*b" sat"] for x in row["tokens"])
 
 
-def test_watch_prints_lines_or_redraws_in_place(here, capfd, monkeypatch):
+def test_sample_batches_fit_into_memory(here, monkeypatch):
+    monkeypatch.setattr(sample, "BATCH_BYTES", {"cpu": 2**18})
+    for path in Path("out").glob("*/ar.pt"):
+        path.unlink()  # it reads what was drawn in batches of its own
+    for out, num in (("out/toy", 300), ("out/bytes", 60)):  # large hidden states, large logits
+        with Largest() as largest:
+            assert call(f"sample.py --out {out} --energy none --steps 1 --num {num}") == 0
+        assert 2**12 < 4 * largest.numbers <= 2**18
+
+
+def test_sample_shows_a_substitute_and_writes_first(here, monkeypatch):
+    """On a terminal of another encoding. What was drawn is on the disk even if showing it fails."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    (row,) = figures("sample.py --out out/bytes --energy none --num 2").values()
+    terminal.flush()
+    assert "\ufffd" in "".join(row["texts"]) and b"?" in terminal.buffer.getvalue()
+    Path("rows.json").unlink()
+    monkeypatch.setattr(sample, "printable", None)
+    with pytest.raises(TypeError):
+        call("sample.py --num 2 --energy none --json rows.json")
+    assert len(json.loads(Path("rows.json").read_text())["rows"]) == 1
+
+
+def test_sample_watch_prints_lines_or_redraws_in_place(here, capfd, monkeypatch):
     assert call(WATCH) == 0
     shown = capfd.readouterr().out
     assert all(c.isprintable() for c in shown.replace("\n", ""))  # a byte model draws any byte
@@ -1677,56 +1702,229 @@ def test_watch_prints_lines_or_redraws_in_place(here, capfd, monkeypatch):
     assert states[-1].endswith("\r\nsample.py: interrupted\r\n")
 
 
-def test_the_table_of_perplexities(here, capsys):
-    shutil.copytree("data/small", "data/toy")
-    rows = figures(TABLE)
+SCORE = "sample.py --eval --device cpu --n 8 --k 1,2 --steps 2,4"
+
+
+def test_eval_table(here, capsys):
+    Path("out/toy/settings.json").write_text('{"data": "data/small"}')
+    rows = figures(SCORE)
     kinds = ("EDLM-AR", "EDLM-coAR", "EDLM-NCE")
     bounds = {f"{name} T={T} k={k}" for name in kinds for T in (2, 4) for k in (1, 2)}
     joint = {f"{name} joint, log Z {end}" for name in kinds[::2] for end in ("lower", "upper")}
     joint |= {"EDLM-coAR joint, log Z exact"}
-    plain, floor = {"AR", "MDLM", "MDLM T=2", "MDLM T=4"}, rows.pop("language (floor)")
+    plain = {"AR", "MDLM", "MDLM T=2", "MDLM T=4", "EDLM-coAR exact"}
+    floor = rows.pop("language (floor)")
     assert floor["nats_per_token"] == pytest.approx(data.toy_entropy() / 20)
     assert set(rows) == bounds | joint | plain
     shown, nats = capsys.readouterr().out, {name: rows[name]["nats_per_token"] for name in rows}
+    assert "scored 304 of 304 tokens of data/small\n" in shown
     for name, row in rows.items():
-        assert row["what"] == {"AR": "exact"}.get(name, "estimate" if name in joint else "bound")
+        exact = name in ("AR", "EDLM-coAR exact")
+        assert row["what"] == ("exact" if exact else "estimate" if name in joint else "bound")
         assert row["perplexity"] == pytest.approx(math.exp(nats[name])) and name in shown
         assert (row["sequences"], row["tokens"]) == (16, 320)
-        assert ("with_quarter_n" in row) == (name in bounds) and "bits_per_character" not in row
+        assert ("with_quarter_n" in row) == ("gain" in row) == (name in bounds)
     for name in kinds[::2]:  # log p = ... - log Z: its lower end gives the lower loss
         assert nats[f"{name} joint, log Z lower"] <= nats[f"{name} joint, log Z upper"]
-    for T in (2, 4):  # the same masks, and one candidate is no choice
-        assert nats[f"EDLM-NCE T={T} k=1"] == nats[f"MDLM T={T}"]
+    for name in bounds:  # one candidate is no choice: with the same masks, not even noise is left
+        T = name.split()[1]
+        gain, error = rows[name]["gain"], rows[name]["gain_standard_error"]
+        assert gain == pytest.approx(nats[f"MDLM {T}"] - nats[name], abs=1e-6)
+        assert (error == 0) == (gain == 0) == name.endswith("k=1")
     ar, _ = edlm.load_checkpoint("out/toy/ar.pt")
     x = torch.stack(list(data.Blocks("data/small", "val", 21)))
     cost = -ar.log_prob(x).sum(dim=1).double() / 20
-    assert nats["AR"] == pytest.approx(cost.mean().item(), rel=1e-5)
+    assert nats["AR"] == nats["EDLM-coAR exact"] == pytest.approx(cost.mean().item(), rel=1e-5)
     assert rows["AR"]["standard_error"] == pytest.approx(cost.std().item() / 4, rel=1e-4)
-    # of a text, by the run of the preset, without an energy
-    Path("my.txt").write_text((STORY + "\n\n") * 5)
-    Path("out/toy/energy.pt").unlink()
-    rows = figures(f"{TABLE} --data my.txt --eval_blocks 3")
-    assert set(rows) == plain | {name for name in bounds | joint if "AR" in name}
-    assert rows["AR"]["sequences"] == 3
     # of a run that diverged, inf instead of an overflow
-    edit(Path("out/toy/ar.pt"), "c['weights']['head.weight'] *= 1e7")
-    assert figures(TABLE)["AR"]["perplexity"] == math.inf
+    with torch.no_grad():
+        ar.head.weight *= 1e7
+    edlm.save_checkpoint("out/toy/ar.pt", ar, tokenizer="toy")
+    assert figures(f"{SCORE} --model ar")["AR"]["perplexity"] == math.inf
 
 
-def test_a_text_file_is_evaluated_as_its_shards(here):
-    Path("val.txt").write_text(TEXT * 2)  # the last tenth of text.txt
-    command = f"{TABLE} --out out/bytes --data"
-    rows = figures(f"{command} val.txt")
-    assert rows == figures(f"{command} data/bytes") and rows["AR"]["sequences"] == 5
+def test_eval_of_a_text_file(here, capsys):
+    Path("val.txt").write_text(TEXT * 2)
+    command = f"{SCORE} --out out/bytes --energy ar --data val.txt"
+    rows = figures(command)
+    assert "scored 150 of 158 tokens of val.txt\n" in capsys.readouterr().out
     for row in rows.values():
         nats = row["nats_per_token"] * 31  # of a block: 30 characters and the end of text
-        assert row["bits_per_character"] == pytest.approx(nats / 30 / math.log(2))
+        assert row["bits_per_byte"] == pytest.approx(nats / 30 / math.log(2))
+    assert rows["AR"]["sequences"] == 5 and "EDLM-NCE T=2 k=1" not in rows
+    assert figures(f"{command} --blocks 3")["AR"]["sequences"] == 3
     Path("val.txt").write_text("don 't stop @-@ gap , he said . " * 9)
-    plain, undone = (figures(f"{command} val.txt{x}") for x in ("", " --detokenize wikitext"))
+    plain, undone = (figures(f"{command}{more}") for more in ("", " --detokenize wikitext"))
     assert undone["AR"]["nats_per_token"] != plain["AR"]["nats_per_token"]
+    Path("val.txt").write_text("too short")  # for a block of 32, but not to be scored
+    rows = figures(command)
+    assert "scored 10 of 10 tokens" in capsys.readouterr().out and rows["AR"]["tokens"] == 11
+
+
+def test_eval_in_one_of_several_processes(here, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert call(f"{SCORE} --data data/small --json rows.json") == 0
+    assert not Path("rows.json").exists()
+
+
+class Outside(torch.nn.Module):
+    """Both parts of a causal LM: a token for every two characters, its law a table of bigrams."""
+
+    eos_token_id, bos_token_id = 50256, None
+    device, config = torch.device("cpu"), SimpleNamespace(vocab_size=50257)
+    from_pretrained = classmethod(lambda cls, name: cls())
+
+    def forward(self, given, add_special_tokens=True):
+        if isinstance(given, str):
+            assert not add_special_tokens
+            return {"input_ids": [ord(character) for character in given[::2]]}
+        return SimpleNamespace(logits=self.logits(given))
+
+    @staticmethod
+    def logits(ids):  # [B, L] -> [B, L, V]
+        return 3 * torch.sin(ids[:, :, None] + torch.arange(50257) * (1 + ids[:, :, None]))
+
+    @classmethod
+    def cost(cls, ids):
+        table = cls.logits(torch.tensor([ids]))[0].log_softmax(dim=1)
+        return -sum(table[i, ids[i + 1]].item() for i in range(len(ids) - 1))
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """A package transformers whose only model is `Outside`."""
+    fake = SimpleNamespace(AutoTokenizer=Outside, AutoModelForCausalLM=Outside)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+
+
+def test_sample_outside_energy_reads_text(here, outside):
+    tokenizer = data.get_tokenizer("bytes")
+    eot = tokenizer.eot_token
+    candidates = [b"abcdef?", b"abc", bytes([97, 255, 98])]
+    rows = [[eot, *text] + [eot] * (9 - len(text)) for text in candidates]
+    rows[1][6] = ord("z")  # two END_OF_TEXT, and only then the rest
+    lm = sample.OutsideLM("any", tokenizer, torch.device("cpu"))
+    log_q = torch.tensor([[-1.0, -2.0, -3.0]])
+    x_t = torch.full((1, 10), eot + 1)
+    E = lm.energy(torch.tensor([rows]), x_t, log_q)
+    end = 50256
+    read = [
+        [end, ord("a"), ord("c"), ord("e"), ord("?"), end],
+        [end, ord("a"), ord("c"), end, end, ord("z"), end, end],
+        [end, ord("a"), ord("b"), *[end] * 5],
+    ]
+    expected = torch.tensor(
+        [[q + Outside.cost(ids) for q, ids in zip(log_q[0], read, strict=True)]]
+    )
+    torch.testing.assert_close(E, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_sample_outside_energy_passes_gpt2_ids(outside, monkeypatch):
+    try:
+        tokenizer = data.get_tokenizer("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+    def forward(self, given, add_special_tokens=True):
+        if isinstance(given, str):
+            return {"input_ids": data.encode(tokenizer, given)}
+        return SimpleNamespace(logits=self.logits(given))
+
+    monkeypatch.setattr(Outside, "forward", forward)
+    lm = sample.OutsideLM("any", tokenizer, torch.device("cpu"))
+    # no text has these ids: " a", "b" would be another token
+    candidates = torch.tensor([[[50256, 257, 65, 50256, 50256], [50256, 40000, 3, 7, 50256]]])
+    E = lm.energy(candidates, candidates[:, 0], torch.zeros(1, 2))
+    expected = [Outside.cost(ids) for ids in candidates[0].tolist()]
+    torch.testing.assert_close(E, torch.tensor([expected]), rtol=1e-4, atol=1e-3)
+
+
+def test_sample_and_eval_with_an_outside_model(here, outside, capsys, monkeypatch):
+    (row,) = figures("sample.py --energy hf:any --judge any --num 2 --steps 2 --k 2").values()
+    assert row["name"] == "EDLM-hf T=2 k=2" and 1 <= row["ess"] <= 2
+    read = [[50256, *(ord(character) for character in text[::2])] for text in row["texts"]]
+    tokens = sum(len(ids) - 1 for ids in read)
+    perplexity = math.exp(sum(map(Outside.cost, read)) / tokens)
+    assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-3)
+    rows = figures("sample.py --eval --data data/small --energy hf:any --steps 2 --k 2 --n 2")
+    assert rows["EDLM-hf T=2 k=2"]["gain"] != 0
+    short = SimpleNamespace(vocab_size=50257, max_position_embeddings=10)
+    monkeypatch.setattr(Outside, "config", short)
+    refuses(capsys, "sample.py --energy hf:any --num 2", "any reads 10")
+    (row,) = figures(
+        "sample.py --energy none --judge any --num 2"
+    ).values()  # it is cut for a judge
+    read = [[50256, *(ord(character) for character in text[:18:2])] for text in row["texts"]]
+    perplexity = math.exp(sum(map(Outside.cost, read)) / 18)
+    assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-3)
+
+
+def test_sample_outside_energy_of_a_real_causal_lm(tmp_path):
+    """A random GPT-2 of the package transformers, whose own loss shifts tokens against logits."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate([*alphabet, "<end>"])}
+    byte_level = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = dict(bos_token="<end>", eos_token="<end>")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level, **own)
+    torch.manual_seed(0)
+    shape = dict(vocab_size=257, n_positions=128, n_embd=16, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(initializer_range=0.5, **shape)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    tokenizer = data.get_tokenizer("toy")
+    stories = data.toy_stories(3, seed=0)
+    rows = [[tokenizer.eot_token, *data.encode(tokenizer, s), tokenizer.eot_token] for s in stories]
+    lm = sample.OutsideLM(str(tmp_path), tokenizer, torch.device("cpu"))
+    E = lm.energy(torch.tensor([rows]), torch.tensor(rows[:1]), torch.zeros(1, 3))
+    ids = [torch.tensor([[256, *theirs(story)["input_ids"]]]) for story in stories]
+    with torch.no_grad():
+        costs = [model(x, labels=x).loss.item() * (x.shape[1] - 1) for x in ids]
+    assert E[0].tolist() == pytest.approx(costs, rel=1e-4) and len(set(map(len, stories))) > 1
+
+
+SAMPLE_MISTAKES = [  # arguments of sample.py, and what the message says
+    ("--stepz 4", "unrecognized arguments: --stepz 4"),
+    ("--steps four", "whole number"),
+    ("--k 0", "whole number"),
+    ("--energy nse", "choose none, ar, coar, nce, exact or hf:NAME"),
+    ("--window nan", "window"),
+    ("--watch --compare", "not allowed with"),
+    ("--device cuda", "no CUDA GPU"),
+    ("--judge gpt2", "pip install transformers"),
+    ("--prompt 'the boat'", "no word 'the'"),
+    (f"--prompt 'ben{' has' * 19}'", "prompt has 20 tokens, 19 fit"),
+    (f"--infill '{STORY}'", "no gap"),
+    ("--infill ___*99999999999999999999999999", "exceeds the 19 tokens"),
+    ("--infill ___ --model ar", "only diffusion can --infill"),
+    ("--out new", "no checkpoint new/denoiser.pt: run python train.py"),
+    ("--eval --data data/bytes", "holds bytes tokens, out/toy needs toy"),
+    ("--eval --data nothing", "nothing"),
+    ("--eval --data text.txt", "no word 'the'"),
+    ("--eval --n 4 --k 8", "at least 2 and as many as --k"),
+    ("--eval --schedule cosine", "linear"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", SAMPLE_MISTAKES)
+def test_sample_mistakes_end_in_one_line(here, capsys, arguments, words):
+    refuses(capsys, f"sample.py {arguments}", words)
+
+
+def test_sample_refuses_what_does_not_fit(here, capsys):
+    Path("out/toy/settings.json").write_text("{")  # cut
+    refuses(capsys, "sample.py --eval", "give --data FOLDER or FILE")
+    denoiser, _ = edlm.load_checkpoint("out/toy/denoiser.pt")
+    Path("out/odd").mkdir()
+    edlm.save_checkpoint("out/odd/denoiser.pt", denoiser, tokenizer="bytes")
+    refuses(capsys, "sample.py --out out/odd", "has 35 tokens, its tokenizer bytes has 257")
 
 
 SHRUNK = {  # the first pattern that is found in a command says what makes it small
+    r"^sample.py.* --eval": "--blocks 4 --n 16 --device cpu",
     r"^sample.py": "--num 2",
     r"^data.py openwebtext": "archive.tar --val_docs 4 --tokenizer bytes",
     r"^data.py text8": "text8.zip",
@@ -1742,22 +1940,18 @@ def code_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def test_readme_commands_and_help_run(here, monkeypatch, capsys):
+def test_readme_commands_and_help_run(here, outside, monkeypatch, capsys):
     shutil.rmtree("out")
     monkeypatch.setattr(data, "make_toy", partial(data.make_toy, n_train=36, n_val=16))
-    for name in (
-        "mytext.txt",
-        "other.txt",
-        "shakespeare.txt",
-    ):
+    lines = re.sub(r" #.*|\\\n", "", "\n".join(code_blocks("bash")))
+    commands = re.findall(r"^(?:.*&& )?python ((?:train|sample|data)\.py\b.*)", lines, re.M)
+    for name in re.findall(r"\S+\.txt\b", "\n".join(commands)):
         Path(name).write_text(TEXT * 40)
     with zipfile.ZipFile("text8.zip", "w") as archive:
         archive.writestr("text8", "the quick brown fox jumps over the lazy dog " * 600)
     with tarfile.open("archive.tar", "w") as archive:
         for i in range(40):
             archive.add("text.txt", f"{i}.txt")
-    lines = re.sub(r" #.*|\\\n", "", "\n".join(code_blocks("bash")))
-    commands = re.findall(r"^(?:.*&& )?python ((?:train|sample|data)\.py\b.*)", lines, re.M)
     assert len(commands) > 10
     for command in commands:
         more = next(flags for pattern, flags in SHRUNK.items() if re.search(pattern, command))
@@ -1766,7 +1960,7 @@ def test_readme_commands_and_help_run(here, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")
     assert call("train.py --help") == call("sample.py --help") == 0
     text = capsys.readouterr().out
-    assert "'energy_steps': 10000" in text and max(map(len, text.splitlines())) <= 100
+    assert "--energy" in text and max(map(len, text.splitlines())) <= 100
 
 
 def test_readme_python_runs_and_links_exist(here, capsys):
@@ -1775,10 +1969,8 @@ def test_readme_python_runs_and_links_exist(here, capsys):
     assert [link for link in links if not (ROOT / link).exists()] == []
     assert set(re.findall(r"`(test_\w+)`", text)) <= set(globals())
     shutil.copytree("data/small", "data/toy")
-    names = {}
-    for block in code_blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
-    assert names and capsys.readouterr().out
+    Path("page.py").write_text("\n".join(code_blocks("python")))
+    assert "edlm" in runpy.run_path("page.py") and capsys.readouterr().out
 
 
 # ---------------------------------------------- published weights
