@@ -731,14 +731,14 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 
     For EDLM-coAR, (4) is the product over masked i of p_AR(x0_i | x0_<i), and Z = 1. So it can be
     drawn from exactly, without k, weights or T. The denoiser drafts all masked tokens of x
-    Long[B, L], each from q_i = mu_i. Then, in rounds:
+    Long[B, L], each from q_i = mu_i. Then, in rounds, until all is revealed:
 
-    The AR model reads the drafts, in one pass. We go through them from left to right and accept
-    draft i with probability min(1, p_i / q_i). The first one that is refused is drawn anew from the
-    positive part of p_i - q_i. This makes up for the refusals: the token has exactly the law p_i.
-    All drafts to its right are thrown away, and drawn anew from what the AR model has just said of
-    them: these p are the q of the next round. The rule is exact for any q that a draft was really
-    drawn from.
+    The AR model reads the drafts and gives p_i, its distribution at i after the drafts on the left.
+    Draft i is kept with probability min(1, p_i / q_i). Else it is replaced by a draw from the
+    positive part of p_i - q_i. This makes up for the refusals: now draft i has exactly the law p_i.
+    Up to and including the first refusal, the AR model has read the true text, so these tokens are
+    revealed. To the right of it, it has read a draft that is no longer there. Those tokens stay
+    drafts for the next round, in which these p are the q.
 
     This is speculative decoding with a denoiser as the drafter. `ar` has a method `logits`, as
     AutoregressiveLM has. Given tokens never change; p_AR does not see those to the right of a gap.
@@ -753,27 +753,27 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
     S = x == mask_id
     wanted = S.sum(dim=1).clamp(min=1)
     q = probabilities(denoiser(x, S), mask_id)  # [N, V]
+    draft = categorical(q.log(), 1, generator)[0]  # [N, 1]
     passes = passes + S.any(dim=1)
     while S.any():
-        open_ = S.any(dim=1)  # Bool[B], the texts that are not finished
-        draft, _ = categorical(q.log(), 1, generator)  # [N, 1]
-        text = x.masked_scatter(S, draft)  # [B, L]
-        p = probabilities(ar.logits(text[open_], S[open_]), mask_id)  # [N, V]
-        passes = passes + open_
-        u = torch.rand(len(q), 1, device=x.device, generator=generator)
-        refuse = put_back((u * q.gather(1, draft) >= p.gather(1, draft))[:, 0], S)  # [B, L]
-        count = refuse.cumsum(dim=1)
-        first = refuse & (count == 1)
-        refusals = refusals + first.any(dim=1)
-        x = torch.where(count == 0, text, x)  # what is left of the first refusal is accepted
-        here = first[S]  # Bool[N]
-        rest = (p[here] - q[here]).clamp(min=0)
+        unfinished = S.any(dim=1)  # Bool[B]
+        read = x.masked_scatter(S, draft)[unfinished]
+        p = probabilities(ar.logits(read, S[unfinished]), mask_id)  # [N, V]
+        passes = passes + unfinished
+        u = torch.rand(draft.shape, device=x.device, generator=generator)
+        refused = (u * q.gather(1, draft) >= p.gather(1, draft))[:, 0]  # [N]
+        rest = (p[refused] - q[refused]).clamp(min=0)
         empty = rest.sum(dim=1, keepdim=True) == 0  # p equals q up to rounding
-        again, _ = categorical(torch.where(empty, p[here], rest).log(), 1, generator)
-        x = x.masked_scatter(first, again)
-        still = x == mask_id
-        q = p[still[S]]  # p has a row for each True of S: keep those that are still masked
-        S = still
+        rest = torch.where(empty, p[refused], rest)
+        draft[refused] = categorical(rest.log(), 1, generator)[0]
+        refused = put_back(refused, S)  # [B, L]
+        before = refused.cumsum(dim=1) - refused.long()  # refusals to the left of each position
+        right = S & (before == 0)
+        refusals = refusals + (refused & right).sum(dim=1)
+        x = torch.where(right, x.masked_scatter(S, draft), x)
+        still = ~right[S]  # p, q and the drafts have a row for each True of S
+        q, draft = p[still], draft[still]
+        S = S & ~right
         yield SampleState(x, S.sum(dim=1) / wanted, nan, passes, passes, refusals)
 
 
