@@ -46,8 +46,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------
-# 1. The toy language
+# ------------ 1. The toy language -----------------------------------------------------------------
 #
 # A story is a template with its slots filled. A slot that occurs twice must say the same thing
 # twice: that long-range agreement is what a factorised denoiser breaks and what EDLM mends. {he}
@@ -94,8 +93,7 @@ def toy_is_valid(text: str) -> bool:
     return text in toy_language()
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Tokenizers
+# ------------ 2. Tokenizers -----------------------------------------------------------------------
 
 TOKENIZERS = ("gpt2", "bytes", "toy", "text8")
 END_OF_TEXT = "<|endoftext|>"
@@ -174,8 +172,7 @@ def decode(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
     return b"".join(pieces).decode(errors="replace")
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Shards
+# ------------ 3. Shards ---------------------------------------------------------------------------
 #
 # A data folder holds meta.json, written first; train_000.bin, train_001.bin, ..., the shards of the
 # source files; and val_000.bin. It is complete when all of them are there.
@@ -273,6 +270,8 @@ def claim(folder: str | Path, meta: dict) -> None:
     Until the last source is finished, those that are not may still change: a mistake in the last of
     many files costs no other file. Raises ValueError if the folder holds shards of other sources.
     """
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file: choose another --out")
     path = Path(folder) / "meta.json"
     old = read_meta(folder) if path.exists() else None
     made = len([*Path(folder).glob("*.bin")])
@@ -287,8 +286,7 @@ def claim(folder: str | Path, meta: dict) -> None:
         write_json(path, meta)
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Reading
+# ------------ 4. Reading --------------------------------------------------------------------------
 
 
 def open_split(folder: str | Path, split: str) -> tuple[dict, list[tuple[Path, int, int]]]:
@@ -409,13 +407,11 @@ class BatchOrder:
             epoch, first = epoch + 1, 0
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Documents
+# ------------ 5. Documents ------------------------------------------------------------------------
 #
 # A document is a text that stands for itself: an article, a web page, a paragraph. What a file is
 # shows in its first bytes, whatever its name.
 
-FOREIGN = {b"PAR1": "Parquet", b"ARROW1": "Arrow", b"\x28\xb5\x2f\xfd": "Zstandard", b"%PDF": "PDF"}
 # The marker parts documents where it is alone on its line, or begins or ends one and touches the
 # text there, as exports write it. Elsewhere a text only speaks of it.
 _MARK = re.escape(END_OF_TEXT)
@@ -460,10 +456,9 @@ def open_source(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
             start = file.peek(8)
-            for magic, name in FOREIGN.items():
-                if start.startswith(magic):
-                    advice = 'make it plain text, or JSON lines with a field "text"'
-                    raise Unreadable(f"{path} is a {name} file, which is not read here: {advice}")
+            if start.startswith(b"PAR1"):
+                advice = 'write it as JSON lines with a field "text" (pandas can)'
+                raise Unreadable(f"{path} is a Parquet file, which is not read here: {advice}")
             if start.startswith(b"PK\3\4"):
                 archive = zipfile.ZipFile(file)
                 members = [item for item in archive.infolist() if not item.is_dir()]
@@ -474,7 +469,7 @@ def open_source(path: str | Path) -> Iterator[BinaryIO]:
             else:
                 yield unpack(file)
     except UnicodeError as error:
-        advice = "convert it (iconv -f LATIN1 -t UTF-8, say)"
+        advice = "convert it (iconv -f ENCODING -t UTF-8), or unpack it"
         raise Unreadable(f"{path} is not UTF-8 text ({error.reason}): {advice}") from None
     except DAMAGE as error:
         raise Unreadable(f"{path} is damaged, cut or locked ({error}): get another copy") from None
@@ -572,10 +567,14 @@ def tar_documents(stream: BinaryIO) -> Iterator[str]:
 
 def read_text(path: str | Path) -> Iterator[str]:
     """The documents of a file of texts; then says how many, and how they were told apart."""
-    way, count = tell_apart(path), 0
+    way, count, mentions = tell_apart(path), 0, 0
     for count, document in enumerate(read_documents(path, way), start=1):
+        mentions += document.count(END_OF_TEXT)
         yield document
-    say(f"{path}: {count:,} document{'' if count == 1 else 's'}, {way}")
+    if count:
+        say(f"{path}: {count:,} document{'' if count == 1 else 's'}, {way}")
+    if mentions:
+        say(f"{path}: {END_OF_TEXT} is taken as text inside a line ({mentions} times)")
 
 
 def read_openwebtext(path: str | Path) -> Iterator[str]:
@@ -641,8 +640,7 @@ def text_blocks(
     return torch.from_numpy(framed.astype(np.int64)), len(tokens)
 
 
-# --------------------------------------------------------------------------------------------------
-# 6. Preparation
+# ------------ 6. Preparation ----------------------------------------------------------------------
 #
 # The source file is the unit: its shard gets its name when all of it is tokenised, and a file that
 # has its shard is never read again. So a run can be killed at any moment and repeated: it loses one
@@ -760,8 +758,7 @@ SOURCES = {  # what `prepare` is given, where the command line does not say othe
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Command line
+# ------------ 7. Command line ---------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -802,8 +799,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(141)  # as a shell says it
     except (ValueError, OSError) as error:
         message = str(error)
-        if isinstance(error, OSError) and error.filename:
-            message = f"{error.filename}: {error.strerror}"
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.strerror}: {error.filename or 'the output'}"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
@@ -819,7 +816,8 @@ def report(out: str) -> None:
     if not counts["train"] / 200 < counts["val"] < counts["train"]:
         print("note: a lopsided split. The end of the last file is held back: see --val_docs")
     presets = ("data/toy", "data/shakespeare", "data/openwebtext", "data/text8")  # of train.py
-    small = " --block_size 128 --n_layer 4 --n_embd 128 --batch_size 32"
+    size = TOY_LENGTH + 2 if meta["tokenizer"] == "toy" else 128
+    small = f" --block_size {size} --n_layer 4 --n_embd 128 --batch_size 32"
     known = Path(out) in map(Path, presets)
     print(f"next: python train.py --data {shlex.quote(out)}" + ("" if known else small))
 
