@@ -1103,6 +1103,11 @@ def test_data_of_other_settings_is_refused_and_of_a_mistake_mended(tmp_path):
     refused("bad.txt is not UTF-8", prepare, out, "text", [good, bad])
     refused("another source", prepare, out, "text", [bad, good])  # no longer what was finished
     refused("another source", prepare, out, "text", [good, bad], tokenizer="toy")
+    shutil.copytree(out, tmp_path / "fewer")
+    prepare(tmp_path / "fewer", "text", [good])  # the bad one left out
+    prepare(tmp_path / "one", "text", [good])
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "fewer" / path.name).read_bytes()
     finished = (out / "train_000.bin").stat().st_mtime_ns
     bad.write_text("mended")
     refused("1 documents, none left.*--val_docs", prepare, out, "text", [good, bad], val_docs=1)
@@ -1110,7 +1115,8 @@ def test_data_of_other_settings_is_refused_and_of_a_mistake_mended(tmp_path):
     assert (out / "train_000.bin").stat().st_mtime_ns == finished
     before = contents(out)
     prepare(tmp_path / "at once", "text", [good, bad])
-    assert before == contents(tmp_path / "at once") | {"train_mine.bin.tmp": b"precious"}
+    mine = {"train_mine.bin.tmp": b"precious"}
+    assert before == contents(tmp_path / "at once") | mine
     for change in (dict(val_docs=6), dict(tokenizer="toy"), dict(files=[good])):
         refused("another source", prepare, out, "text", **dict(files=[good, bad]) | change)
     good.write_text(PLAIN.upper())  # of the same name and size
