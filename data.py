@@ -1,41 +1,52 @@
 """Text in, blocks of tokens out: everything EDLM needs to know about data.
 
     python data.py                            the toy language, into data/toy (a second)
-    python data.py FILE... --out data/mytext  your own text
-    python data.py openwebtext [ARCHIVE...]   OpenWebText, downloaded if no archive is given
-    python data.py text8 [ZIP]                text8, the 27-character Wikipedia, likewise
+    python data.py FILE... --out data/mytext  your own text: plain, JSON lines, or a tar of .txt
+    python data.py openwebtext [FILE...]      OpenWebText, downloaded if no file of it is given
+    python data.py text8 [FILE]               text8, the 27-character Wikipedia, likewise
 
-A file is given by its path, or by a URL from which it is downloaded.
+A file is given by its path, or by a URL from which it is downloaded. It may be packed (.gz, .xz,
+or a .zip of one file).
 
 The order of this file: a text (1) becomes token ids 0..V-1 (2), which lie in shards (3), where
-`Blocks` and `BatchOrder` find what a model is trained on (4). Documents of other kinds (5) and how
-they become shards (6) matter only to the commands above (7).
+`Blocks` and `BatchOrder` find what a model is trained on (4). How documents are found in files (5),
+and how they become shards (6), matters only to the commands above (7).
 """
 
 import argparse
+import codecs
+import contextlib
 import functools
+import gzip
+import http.client
+import io
 import itertools
 import json
 import lzma
 import math
 import os
 import re
+import shlex
 import socket
 import sys
 import tarfile
+import urllib.request
 import zipfile
 import zlib
+from array import array
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tiktoken
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------
-# 1. The toy language
+# ------------ 1. The toy language -----------------------------------------------------------------
 #
 # A story is a template with its slots filled. A slot that occurs twice must say the same thing
 # twice: that long-range agreement is what a factorised denoiser breaks and what EDLM mends. {he}
@@ -55,7 +66,7 @@ TOY_LENGTH = 19  # tokens in every story
 
 
 @functools.cache
-def toy_language():
+def toy_language() -> list[str]:
     """The whole language: its 1,440 stories, all different, each of probability 1 / 1,440."""
     choices = (TOY_TEMPLATES, TOY_NAMES, TOY_FRIENDS, TOY_COLOURS, TOY_OBJECTS)
     stories = []
@@ -65,25 +76,24 @@ def toy_language():
     return stories
 
 
-def toy_stories(n, seed):
-    """n independent stories, as a list of str; the same seed gives the same stories."""
+def toy_stories(n: int, seed: int) -> list[str]:
+    """n independent stories; the same seed gives the same stories."""
     stories = toy_language()
     chosen = np.random.default_rng(seed).random(n) * len(stories)
     return [stories[int(i)] for i in chosen]
 
 
-def toy_entropy():
+def toy_entropy() -> float:
     """Exact entropy of the language in nats per story: no model can score below it on average."""
     return math.log(len(toy_language()))
 
 
-def toy_is_valid(text):
+def toy_is_valid(text: str) -> bool:
     """True if the text is a story of the language, with every agreement kept."""
     return text in toy_language()
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Tokenizers
+# ------------ 2. Tokenizers -----------------------------------------------------------------------
 
 TOKENIZERS = ("gpt2", "bytes", "toy", "text8")
 END_OF_TEXT = "<|endoftext|>"
@@ -93,11 +103,16 @@ PIECES = {"bytes": r"(?s).{1,256}", "toy": r" ?[^ .]+|\.| ", "text8": r"(?s)."}
 # These have no token for some texts. And their documents are not followed by END_OF_TEXT, as those
 # of natural text are: a toy block of TOY_LENGTH + 2 tokens holds exactly one story.
 CLOSED = ("toy", "text8")
+TOKEN = np.dtype("<u2")  # enough for all of these vocabularies
+# A long text is encoded in parts, side by side: tiktoken gives up on a million spaces. No piece has
+# white space after a word, so parts that end there have the same tokens as the whole text. A part
+# that has no such place ends anywhere.
+PARTS = re.compile(r"(?s).{1,100000}(?:(?<=\S)(?=[ \n])|\Z)|.{1,100000}")
 
 
 @functools.cache
-def get_tokenizer(name):
-    """The `tiktoken.Encoding` of that name; V is its `n_vocab`, and END_OF_TEXT its last token.
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tokenizer of that name; V is its `n_vocab`, and END_OF_TEXT its last token.
 
     gpt2: 50,257 sub-words. bytes: all 256. toy: the words of the toy language. text8: a to z and
     space. Raises ValueError for another name, or if gpt2 is neither cached nor reachable.
@@ -122,26 +137,30 @@ def get_tokenizer(name):
     return tiktoken.Encoding(name, pat_str=PIECES[name], mergeable_ranks=ranks, special_tokens=end)
 
 
-def encode_array(tokenizer, text):
-    """Token ids of a text as an integer array [n]; raises as `encode` does."""
+def encode_part(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Token ids of a part of a text, as an array [n]. Raises as `encode` does."""
     if tokenizer.name in CLOSED:
         known = {token.decode() for token in tokenizer.token_byte_values()}
-        pieces = re.findall(PIECES[tokenizer.name], text)
-        if strange := [piece for piece in pieces if piece not in known]:
-            raise ValueError(f"the {tokenizer.name} tokenizer has no word {strange[0]!r}")
+        for piece in re.findall(PIECES[tokenizer.name], text):
+            if piece not in known:
+                hint = ": a toy word carries one space before it" if " " in piece else ""
+                raise ValueError(f"the {tokenizer.name} tokenizer has no word {piece!r}{hint}")
     try:
         # Not encode_ordinary: without a Python object per token, threads do not queue for the lock.
-        return tokenizer.encode_to_numpy(text, disallowed_special=())
+        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(TOKEN)
     except UnicodeEncodeError:
         raise ValueError(f"the text {text[:40]!r} is not valid Unicode") from None
 
 
-def encode(tokenizer, text):
-    """Token ids (list of int) of all of a text. Raises ValueError, naming what cannot be one."""
-    return encode_array(tokenizer, text).tolist()
+def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
+    """Token ids of all of a text. Raises ValueError, naming what cannot be a token."""
+    ids = []
+    for part in PARTS.findall(text):
+        ids.extend(encode_part(tokenizer, part).tolist())
+    return ids
 
 
-def decode(tokenizer, ids):
+def decode(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
     """Text of token ids: END_OF_TEXT is dropped, a mask shows as `___` (a character's as `_`)."""
     pieces = []
     for token in map(int, ids):
@@ -153,116 +172,158 @@ def decode(tokenizer, ids):
     return b"".join(pieces).decode(errors="replace")
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. Shards
+# ------------ 3. Shards ---------------------------------------------------------------------------
 #
 # A data folder holds meta.json, written first; train_000.bin, train_001.bin, ..., the shards of the
-# source files; and val_000.bin, written last, so that a folder that has it is complete.
+# source files; and val_000.bin. It is complete when all of them are there.
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4  # 256 int32: magic, version, tokens, zeros
-TOKEN = np.dtype("<u2")
 
 
-def write_json(path, value):
-    """Replace a JSON file, all or nothing."""
-    Path(f"{path}.tmp").write_text(json.dumps(value, indent=2))
+def write_json(path: str | Path, value: object) -> None:
+    """Replace a JSON file, all or nothing; makes the folder that it lies in."""
+    target = Path(path).resolve()  # where a link leads: the link itself stays
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and not target.is_file():  # /dev/null must not be replaced; a folder raises
+        target.write_text(json.dumps(value, indent=2))
+        return
+    part = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # no other process writes this one
+    part.write_text(json.dumps(value, indent=2))
+    os.replace(part, target)
+
+
+def shard_path(folder: str | Path, split: str, number: int) -> Path:
+    """Where the shard of a source file lies."""
+    return Path(folder) / f"{split}_{number:03d}.bin"
+
+
+def shard_tokens(path: Path) -> int | None:
+    """How many tokens a shard has; None if it is missing, cut or not a shard."""
+    if not path.exists():
+        return None
+    tokens = (path.stat().st_size - HEADER_BYTES) // TOKEN.itemsize
+    whole = np.fromfile(path, "<i4", 3).tolist() == [MAGIC, VERSION, tokens]
+    return tokens if whole else None
+
+
+def write_shard(
+    path: Path, arrays: Iterable[np.ndarray], val_path: Path | None = None, val_docs: int = 0
+) -> None:
+    """Write a shard of uint16 arrays, one for each document.
+
+    If `val_path` is given, the last documents go into that shard instead: see `place_cut`. Raises
+    ValueError for more tokens than an int32 can count.
+    """
+    ends = array("q", [0])  # how many tokens there are up to the end of each document
+    with open(f"{path}.tmp", "wb+") as shard:
+        shard.seek(HEADER_BYTES)
+        for tokens in arrays:
+            shard.write(tokens)
+            ends.append(ends[-1] + len(tokens))
+        count = place_cut(ends, val_docs) if val_path else ends[-1]
+        if count >= 2**31:
+            raise ValueError(f"{count} tokens are too many for {path}: cut its source in two")
+        if val_path:
+            shard.seek(HEADER_BYTES + count * TOKEN.itemsize)
+            write_shard(val_path, [np.fromfile(shard, TOKEN)])
+            shard.truncate(HEADER_BYTES + count * TOKEN.itemsize)
+        shard.seek(0)
+        shard.write(np.array([MAGIC, VERSION, count], dtype="<i4"))
     os.replace(f"{path}.tmp", path)
 
 
-def check_target(path):
-    """Raises ValueError for a file that `write_json` could not write: before the work is done."""
-    if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-        raise ValueError(f"cannot write {path}: it must be a file in a folder that exists")
+def place_cut(ends: Sequence[int], val_docs: int) -> int:
+    """How many tokens are to train on, of documents between these numbers of tokens.
+
+    All but those of the last `val_docs` documents. Or, if that is 0, as near to nine tenths as the
+    end of a document is; in the middle of one, if none ends between 85% and 95%.
+    """
+    if val_docs >= len(ends) - 1:
+        fault = f"the last file has {len(ends) - 1} documents, none left to train on"
+        raise ValueError(f"{fault}: lower --val_docs, or 0 for a tenth of the tokens")
+    if val_docs:
+        return ends[-1 - val_docs]
+    target = ends[-1] * 9 // 10
+    nearest = min(ends, key=lambda end: abs(end - target))
+    if abs(nearest - target) <= ends[-1] / 20:
+        return nearest
+    say("no document ends near nine tenths of the last file: the cut is in the middle of one")
+    return target
 
 
-def read_meta(folder):
-    """The meta dictionary of a folder. Raises ValueError if meta.json is damaged."""
+def read_meta(folder: str | Path) -> dict:
+    """The content of a folder's meta.json. Raises ValueError if it is cut or another program's."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
-        size = 50257 if meta["tokenizer"] == "gpt2" else get_tokenizer(meta["tokenizer"]).n_vocab
-        if meta["vocab_size"] == size and meta["source"] and isinstance(meta["source"], list):
-            return meta
-    except (ValueError, TypeError, KeyError, RecursionError):
-        pass
-    raise ValueError(f"{path} is damaged or not ours: move it away and make {folder} again")
+    except ValueError:
+        meta = None
+    if isinstance(meta, dict) and {"tokenizer", "vocab_size", "source"} <= set(meta):
+        return meta
+    raise ValueError(f"{path} is damaged or not made by data.py: choose another folder")
 
 
-def claim(folder, meta):
+def claim(folder: str | Path, meta: dict) -> None:
     """Write the meta.json that says what is to be in a folder, before anything else is in it.
 
-    Raises ValueError if the folder holds shards of another claim, or of nobody's.
+    Until the last source is finished, those that are not may still change: a mistake in the last of
+    many files costs no other file. Raises ValueError if the folder holds shards of other sources.
     """
+    if Path(folder).is_file():
+        raise ValueError(f"{folder} is a file: choose another --out")
     path = Path(folder) / "meta.json"
-    there = read_meta(folder) if path.exists() else None  # raises if it is not ours
-    if not any(path.parent.glob("*.bin")):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, meta)
-    elif there != meta:
+    old = read_meta(folder) if path.exists() else None
+    made = len([*Path(folder).glob("*.bin")])
+    same = old == meta
+    if old and not shard_path(folder, "val", 0).exists():
+        same = old["tokenizer"] == meta["tokenizer"]
+        same = same and old["source"][:made] == meta["source"][:made]
+    if made and not same:
         other = "shards of another source, tokenizer or --val_docs"
-        raise ValueError(f"{folder} holds {other}: remove it, or choose another --out")
+        raise ValueError(f"{folder} holds {other}: choose another --out")
+    if old != meta:
+        write_json(path, meta)
 
 
-def write_shard(path, documents, held_back=0):
-    """Write a shard of an iterable of uint16 arrays; returns the last `held_back`, left out of it.
-
-    Raises ValueError if no others are left, or too many tokens for the int32 that counts them.
-    """
-    held, count = deque(), 0
-    with open(f"{path}.tmp", "wb") as shard:
-        shard.seek(HEADER_BYTES)
-        for tokens in documents:
-            held.append(tokens)
-            if len(held) > held_back:
-                shard.write(held[0].tobytes())
-                count += len(held.popleft())
-        if not count:
-            raise ValueError(f"{len(held)} documents, none left for {path}: lower --val_docs")
-        if count >= 2**31:
-            raise ValueError(f"{count} tokens are too many for {path}: cut its source in two")
-        shard.seek(0)
-        shard.write(np.array([MAGIC, VERSION, count], dtype="<i4").tobytes())
-    os.replace(f"{path}.tmp", path)
-    return held
+# ------------ 4. Reading --------------------------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------
-# 4. Reading
-
-
-def open_split(folder, split):
+def open_split(folder: str | Path, split: str) -> tuple[dict, list[tuple[Path, int, int]]]:
     """(meta dictionary, [(path, bytes of header, tokens) of each shard]); split is train or val.
 
     A nanoGPT folder (headerless train.bin and val.bin) is read as GPT-2 tokens. Raises as `Blocks`.
     """
-    plain, again = Path(folder) / f"{split}.bin", "run the same data.py command again"
-    if not (Path(folder) / "meta.json").exists():
-        if plain.exists():
-            meta = dict(tokenizer="gpt2", vocab_size=50257, source=["nanoGPT"])
-            return meta, [(plain, 0, plain.stat().st_size // TOKEN.itemsize)]
-        raise FileNotFoundError(f"no tokens in {folder}: run `python data.py` (see its --help)")
+    folder = Path(folder)
+    plain = folder / f"{split}.bin"
+    if not (folder / "meta.json").exists():
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: run `python data.py {folder}` first")
+        if not plain.exists():
+            raise FileNotFoundError(f"no {split} tokens in {folder}: run `python data.py --help`")
+        if (folder / "meta.pkl").exists():
+            # A pickle can run any program, so the vocabulary in it is not read.
+            advice = "give data.py the text, with --tokenizer bytes"
+            raise ValueError(f"{folder} has a vocabulary of its own (meta.pkl): {advice}")
+        meta = dict(tokenizer="gpt2", vocab_size=50257, source=["nanoGPT"])
+        return meta, [(plain, 0, plain.stat().st_size // TOKEN.itemsize)]
     meta, shards = read_meta(folder), []
     for number in range(len(meta["source"]) if split == "train" else 1):
-        path = Path(folder) / f"{split}_{number:03d}.bin"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: {again}")
-        tokens = (path.stat().st_size - HEADER_BYTES) // TOKEN.itemsize
-        if np.fromfile(path, "<i4", 3).tolist() != [MAGIC, VERSION, tokens]:
-            raise ValueError(f"{path} is damaged: remove it, and {again}")
+        path = shard_path(folder, split, number)
+        tokens = shard_tokens(path)
+        if tokens is None:
+            again = "run the same data.py command again"
+            raise FileNotFoundError(f"{path} is missing or damaged: {again}")
         shards.append((path, HEADER_BYTES, tokens))
     return meta, shards
 
 
-def count_blocks(where, tokenizer, tokens, block_size):
-    """How many blocks that many tokens give. Raises ValueError if none, or of a wrong length."""
+def check_block_size(tokenizer: str, block_size: int) -> None:
+    """Raises ValueError for a length that blocks of this tokenizer cannot have."""
     if tokenizer == "toy" and block_size != TOY_LENGTH + 2:
         raise ValueError(f"toy stories need a block_size of {TOY_LENGTH + 2}, not {block_size}")
     if block_size < 3:
         raise ValueError(f"block_size must be at least 3 (END_OF_TEXT twice), not {block_size}")
-    if tokens < block_size - 2:
-        raise ValueError(f"{where} has {tokens} tokens, too few for one block of {block_size}")
-    return tokens // (block_size - 2)
 
 
 class Blocks:
@@ -270,21 +331,26 @@ class Blocks:
 
     Item i is Long[block_size] = [EOT] + (block_size - 2) tokens of the stream + [EOT]. Blocks do
     not overlap, and run on from one shard to the next. Attributes: `tokenizer` (its name),
-    `vocab_size`, `eot`, `meta`. Raises FileNotFoundError if data are missing; ValueError if they
-    are damaged, too short for one block, or (toy) cut at another length than its stories.
+    `vocab_size`, `eot`, `meta`. Raises FileNotFoundError if data are missing or damaged; ValueError
+    if they are another program's, too short for one block, or (toy) cut at another length than its
+    stories.
     """
 
-    def __init__(self, folder, split, block_size):
+    def __init__(self, folder: str | Path, split: str, block_size: int):
         self.meta, self.shards = open_split(folder, split)
         self.tokenizer, self.vocab_size = self.meta["tokenizer"], self.meta["vocab_size"]
         self.eot, self.block_size = self.vocab_size - 1, block_size
-        where, tokens = f"the {split} split of {folder}", sum(shard[2] for shard in self.shards)
-        self.length = count_blocks(where, self.tokenizer, tokens, block_size)
+        check_block_size(self.tokenizer, block_size)
+        tokens = sum(tokens for _, _, tokens in self.shards)
+        self.length = tokens // (block_size - 2)
+        if self.length == 0:
+            few = f"the {split} split of {folder} has {tokens} tokens"
+            raise ValueError(f"{few}, too few for one block of {block_size}: lower --block_size")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> Tensor:
         if not 0 <= i < len(self):
             raise IndexError(f"block {i} of {len(self)}")
         start, end = i * (self.block_size - 2), (i + 1) * (self.block_size - 2)
@@ -297,9 +363,8 @@ class Blocks:
             start, end = start - tokens, end - tokens
         block = np.concatenate([[self.eot], *body, [self.eot]]).astype(np.int64)  # [block_size]
         if block.max() >= self.vocab_size:
-            raise ValueError(
-                f"{path.parent} holds token {block.max()}, unknown to {self.tokenizer}"
-            )
+            folder = path.parent
+            raise ValueError(f"{folder} holds token {block.max()}, unknown to {self.tokenizer}")
         return torch.from_numpy(block)
 
 
@@ -312,7 +377,17 @@ class BatchOrder:
     Never ends; a DataLoader takes it as `batch_sampler`. ValueError for sizes that do not fit.
     """
 
-    def __init__(self, n_blocks, batch_size, micro_batch, *, seed, rank=0, world=1, start_step=0):
+    def __init__(
+        self,
+        n_blocks: int,
+        batch_size: int,
+        micro_batch: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+    ):
         if batch_size < 1 or micro_batch < 1 or batch_size % (micro_batch * world):
             parts = f"micro_batch {micro_batch} x {world} processes"
             raise ValueError(f"batch_size {batch_size} is not a multiple of {parts}")
@@ -321,7 +396,7 @@ class BatchOrder:
         self.n_blocks, self.batch_size, self.micro_batch = n_blocks, batch_size, micro_batch
         self.seed, self.rank, self.world, self.start_step = seed, rank, world, start_step
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         steps = self.n_blocks // self.batch_size  # in an epoch
         epoch, first = divmod(self.start_step, steps)
         while True:
@@ -332,27 +407,197 @@ class BatchOrder:
             epoch, first = epoch + 1, 0
 
 
-# --------------------------------------------------------------------------------------------------
-# 5. Documents
+# ------------ 5. Documents ------------------------------------------------------------------------
+#
+# A document is a text that stands for itself: an article, a web page, a paragraph. What a file is
+# shows in its first bytes, whatever its name.
+
+# The marker parts documents where it is alone on its line, or begins or ends one and touches the
+# text there, as exports write it. Elsewhere a text only speaks of it.
+_MARK = re.escape(END_OF_TEXT)
+SEPARATOR = re.compile(rf"^\s*{_MARK}\s*$|^{_MARK}(?=\S)|(?<=\S){_MARK}\s*$")
+DAMAGE = (
+    EOFError,
+    RuntimeError,  # of a zip that asks for a password
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+# How the documents of a file are told apart.
+ARCHIVED = "one in each .txt file of the archive"
+JSON_LINES = "one in each line of JSON"
+MARKED = f"parted by {END_OF_TEXT}"
+PARAGRAPHS = "parted by blank lines"
 
 
-def text_documents(path):
-    """The documents (stripped, not empty) of a text file, read line by line.
+class Unreadable(ValueError):
+    """A file has not the content that it should have. If it was downloaded, it is fetched again."""
 
-    They are parted by END_OF_TEXT if there is any, else by blank lines. ValueError if not UTF-8.
+
+def unpack(file: BinaryIO) -> BinaryIO:
+    """A stream of bytes as what it holds if it is compressed, else as it is."""
+    start = file.peek(6)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open(file)
+    if start.startswith(b"\xfd7zXZ\0"):
+        return lzma.open(file)
+    return file
+
+
+@contextlib.contextmanager
+def open_source(path: str | Path) -> Iterator[BinaryIO]:
+    """A source file as a stream of bytes, unpacked.
+
+    Raises Unreadable, here or while the stream is read, if the file is damaged or of a kind that is
+    not read here.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            marked = any(END_OF_TEXT in line for line in file)
-            file.seek(0)
-            cuts = (re.split(f"({re.escape(END_OF_TEXT)})", line) for line in file)
-            parts = itertools.chain.from_iterable(cuts) if marked else file
-            between = END_OF_TEXT.__eq__ if marked else lambda line: not line.strip()
-            groups = itertools.groupby(parts, between)
-            texts = ("".join(document).strip() for apart, document in groups if not apart)
-            yield from filter(None, texts)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
+        with open(path, "rb") as file:
+            start = file.peek(8)
+            if start.startswith(b"PAR1"):
+                advice = 'write it as JSON lines with a field "text" (pandas can)'
+                raise Unreadable(f"{path} is a Parquet file, which is not read here: {advice}")
+            if start.startswith(b"PK\3\4"):
+                archive = zipfile.ZipFile(file)
+                members = [item for item in archive.infolist() if not item.is_dir()]
+                if len(members) != 1:
+                    fault = f"is a zip of {len(members)} files"
+                    raise Unreadable(f"{path} {fault}: unpack it, and give its texts")
+                yield archive.open(members[0])
+            else:
+                yield unpack(file)
+    except UnicodeError as error:
+        advice = "convert it (iconv -f ENCODING -t UTF-8), or unpack it"
+        raise Unreadable(f"{path} is not UTF-8 text ({error.reason}): {advice}") from None
+    except DAMAGE as error:
+        raise Unreadable(f"{path} is damaged, cut or locked ({error}): get another copy") from None
+
+
+def text_lines(stream: BinaryIO) -> Iterator[str]:
+    """The lines of a text: UTF-8, or UTF-16 if its first two bytes say so; any ends of lines."""
+    wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    for line in io.TextIOWrapper(stream, "utf-16" if wide else "utf-8-sig"):
+        if "\0" in line:
+            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "it has NUL characters")
+        yield line
+
+
+def tell_apart(path: str | Path) -> str:
+    """How the documents of a file are told apart: ARCHIVED, JSON_LINES, MARKED or PARAGRAPHS."""
+    with open_source(path) as stream, contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "replace")
+        return ARCHIVED
+    with open_source(path) as stream:
+        lines = text_lines(stream)
+        first = next(filter(str.strip, lines), "")
+        with contextlib.suppress(ValueError):
+            if isinstance(json.loads(first), dict):
+                return JSON_LINES
+        marked = any(map(SEPARATOR.search, itertools.chain([first], lines)))
+        return MARKED if marked else PARAGRAPHS
+
+
+def read_documents(path: str | Path, way: str) -> Iterator[str]:
+    """The documents of a file, stripped, not empty; `way` as `tell_apart` says."""
+    with open_source(path) as stream:
+        if way == ARCHIVED:
+            documents = tar_documents(stream)
+        elif way == JSON_LINES:
+            documents = json_documents(text_lines(stream), path)
+        else:
+            documents = parted(text_lines(stream), way)
+        yield from filter(None, map(str.strip, documents))
+
+
+def parted(lines: Iterator[str], way: str) -> Iterator[str]:
+    """Texts between separators, read line by line."""
+    document = []
+    for line in lines:
+        if way == MARKED:
+            first, *others = SEPARATOR.split(line)
+        else:
+            first, *others = [line] if line.strip() else ["", ""]
+        document.append(first)
+        for part in others:
+            yield "".join(document)
+            document = [part]
+    yield "".join(document)
+
+
+def json_documents(lines: Iterator[str], path: str | Path) -> Iterator[str]:
+    """The field "text" of each line."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = json.loads(line)["text"] if line.strip() else ""
+            yield text.encode(errors="replace").decode()  # JSON can hold halves of a character
+        except (ValueError, TypeError, KeyError, AttributeError):
+            needed = 'an object with a text in its field "text"'
+            raise Unreadable(f"{path}, line {number}: each line of JSON must be {needed}") from None
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a bad header for the end, and loses what follows. This one raises."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise  # the proper end
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+
+def tar_documents(stream: BinaryIO) -> Iterator[str]:
+    """The .txt files of a tar archive, and of the compressed archives in it.
+
+    So all that OpenWebText comes in is read: a tar of .xz (urlsf_subset00.tar), the same compressed
+    once more (openwebtext.tar.xz), or one of those .xz, a compressed tar of .txt.
+    """
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:
+        for item in filter(tarfile.TarInfo.isfile, archive):
+            if item.name.endswith(".txt"):
+                text = archive.extractfile(item).read().decode(errors="replace")
+                yield re.sub(r"\n{3,}", "\n\n", text)
+            elif item.name.endswith(".xz"):
+                yield from tar_documents(unpack(archive.extractfile(item)))
+
+
+def read_text(path: str | Path) -> Iterator[str]:
+    """The documents of a file of texts; then says how many, and how they were told apart."""
+    way, count, mentions = tell_apart(path), 0, 0
+    for count, document in enumerate(read_documents(path, way), start=1):
+        mentions += document.count(END_OF_TEXT)
+        yield document
+    if count:
+        say(f"{path}: {count:,} document{'' if count == 1 else 's'}, {way}")
+    if mentions:
+        say(f"{path}: {END_OF_TEXT} is taken as text inside a line ({mentions} times)")
+
+
+def read_openwebtext(path: str | Path) -> Iterator[str]:
+    """The documents of a file of OpenWebText. Raises Unreadable for plain text: an error page."""
+    if tell_apart(path) not in (ARCHIVED, JSON_LINES):
+        raise Unreadable(f"{path} is neither a tar archive nor JSON lines, as OpenWebText is")
+    yield from read_text(path)
+
+
+def read_text8(path: str | Path) -> Iterator[str]:
+    """Hundredths of text8: the first 90, and the last 5 for validation.
+
+    Published models are trained and tested on these.
+    """
+    with open_source(path) as stream:
+        text = "".join(text_lines(stream)).strip("\n")
+    strange = re.search("[^a-z ]", text)
+    if strange:
+        fault = f"which has only a to z and spaces: it holds {strange[0]!r}"
+        raise Unreadable(f"{path} is not text8, {fault}")
+    size = math.ceil(len(text) / 100) or 1
+    hundredths = [text[start : start + size] for start in range(0, len(text), size)]
+    yield from hundredths[:90] + hundredths[95:]
 
 
 # How three corpora were tokenised, undone by (pattern, replacement) rules in order. They share: no
@@ -374,143 +619,103 @@ DETOKENIZERS = {
 }
 
 
-def text_blocks(path, tokenizer, block_size, corpus=None):
-    """All whole blocks of a text file, Long[N, block_size], just as its shards would give them.
+def text_blocks(
+    path: str | Path, tokenizer: tiktoken.Encoding, block_size: int, corpus: str | None = None
+) -> tuple[Tensor, int]:
+    """Blocks of a text file as its shards would give them, and how many tokens the text has.
 
-    The rules of DETOKENIZERS for `corpus`, if it is one, are applied to each document. Raises
-    ValueError for a file that is not text, text the tokenizer cannot encode, or too little.
+    The blocks are Long[N, block_size]; of a shorter text, one block as long as it needs. `corpus`
+    picks the rules of DETOKENIZERS that are applied to each document. Raises ValueError for a file
+    without text, or with text that the tokenizer cannot encode.
     """
-    documents = text_documents(path)
+    check_block_size(tokenizer.name, block_size)
+    documents = read_documents(path, tell_apart(path))
     for pattern, replacement in DETOKENIZERS[corpus] if corpus else ():
         documents = map(functools.partial(re.sub, pattern, replacement), documents)
-    tokens = np.concatenate([*tokenize(documents, tokenizer), np.array([], TOKEN)])
-    n = count_blocks(path, tokenizer.name, len(tokens), block_size)
-    body = tokens[: n * (block_size - 2)].astype(np.int64).reshape(n, block_size - 2)
-    return torch.from_numpy(np.pad(body, ((0, 0), (1, 1)), constant_values=tokenizer.eot_token))
+    tokens = np.concatenate([*tokenize(documents, tokenizer, path)])
+    size = min(block_size - 2, len(tokens))
+    n = len(tokens) // size
+    body = tokens[: n * size].reshape(n, size)
+    framed = np.pad(body, ((0, 0), (1, 1)), constant_values=tokenizer.eot_token)
+    return torch.from_numpy(framed.astype(np.int64)), len(tokens)
 
 
-class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a bad header for the end, and loses what follows. This one raises."""
-
-    @classmethod
-    def fromtarfile(cls, tar):
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise  # the proper end
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from None
-
-
-def archive_documents(path):
-    """The documents (cleaned, not empty) of one OpenWebText archive.
-
-    All layouts in use are nested streams, and read as such: a tar of .xz (urlsf_subset00.tar), the
-    same compressed once more (openwebtext.tar.xz), or one of those .xz, a compressed tar of .txt. A
-    damaged member or document is left out and counted; a damaged archive is a ValueError.
-    """
-    damage = (tarfile.TarError, lzma.LZMAError, EOFError, UnicodeDecodeError)
-    damaged = []
-
-    def walk(file):
-        stream = lzma.open(file) if file.peek(6).startswith(b"\xfd7zXZ\0") else file
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:
-            for item in filter(tarfile.TarInfo.isfile, archive):
-                try:
-                    if item.name.endswith(".txt"):
-                        text = archive.extractfile(item).read().decode()
-                        yield re.sub(r"\n{3,}", "\n\n", text).strip()
-                    elif item.name.endswith(".xz"):
-                        yield from walk(archive.extractfile(item))
-                except damage as error:
-                    damaged.append(item.name)
-                    tqdm.write(f"{path}: {item.name}: damaged ({error}), skipped", sys.stderr)
-
-    try:
-        with open(path, "rb") as file:
-            yield from filter(None, walk(file))
-    except damage as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and fetch it again") from None
-    if damaged:
-        tqdm.write(f"{path}: {len(damaged)} damaged pieces were skipped", sys.stderr)
-
-
-def text8_documents(path):
-    """Hundredths of text8 (zipped): the first 90, and the last 5 for validation.
-
-    Published models are trained and tested on these. Raises ValueError for a damaged file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            text = archive.read("text8").decode().strip("\n")
-        if not text:
-            raise ValueError("it is empty")
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and fetch it again") from None
-    size = math.ceil(len(text) / 100)
-    hundredths = [text[start : start + size] for start in range(0, len(text), size)]
-    yield from hundredths[:90] + hundredths[95:]
-
-
-# --------------------------------------------------------------------------------------------------
-# 6. Preparation
+# ------------ 6. Preparation ----------------------------------------------------------------------
 #
 # The source file is the unit: its shard gets its name when all of it is tokenised, and a file that
 # has its shard is never read again. So a run can be killed at any moment and repeated: it loses one
 # file's work at most, and ends with the same bytes.
 
 
-def tokenize(documents, tokenizer):
+def tokenize(
+    documents: Iterable[str], tokenizer: tiktoken.Encoding, source: str | Path
+) -> Iterator[np.ndarray]:
     """uint16 tokens of each document, and END_OF_TEXT unless the vocabulary is CLOSED, in order.
 
     On all cores: tiktoken lets go of Python's lock, so this thread reads (and decompresses) on.
+    Raises ValueError, naming the source and the document, for what cannot be a token.
     """
-    end = [] if tokenizer.name in CLOSED else [tokenizer.eot_token]
+    end = np.array([] if tokenizer.name in CLOSED else [tokenizer.eot_token], TOKEN)
 
-    def encode_document(text):
-        return np.append(encode_array(tokenizer, text), end).astype(TOKEN)
+    def collect(number: int, parts: list[Future]) -> np.ndarray:
+        try:
+            return np.concatenate([*(part.result() for part in parts), end])
+        except ValueError as error:
+            raise ValueError(f"{source}, document {number}: {error}") from None
 
+    number = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting = deque()
-        for text in documents:
-            waiting.append(pool.submit(encode_document, text))
+        for number, text in enumerate(documents, start=1):
+            parts = [pool.submit(encode_part, tokenizer, part) for part in PARTS.findall(text)]
+            waiting.append((number, parts))
             if len(waiting) > 1000:
-                yield waiting.popleft().result()
+                yield collect(*waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield collect(*waiting.popleft())
+    if number == 0:
+        raise Unreadable(f"{source} has no text")
 
 
-def prepare(out, files, read, tokenizer, val_docs):
+def prepare(
+    out: str | Path,
+    files: list[str | Path],
+    read: Callable[[Path], Iterable[str]],
+    tokenizer: str,
+    val_docs: int,
+) -> None:
     """Turn files, given by path or URL, into a folder of shards.
 
     `read(path)` iterates over the documents of a file. The last `val_docs` of the last file (0: a
-    tenth of them) are for validation. A URL is downloaded when it is needed, and that file deleted
-    when its shard is whole. ValueError if the folder is another's, or there are too few documents.
+    tenth of its tokens) are for validation. A download is deleted when its shard is whole, or if it
+    cannot be read. Raises ValueError for a file that cannot be read, or a folder with other data.
     """
     if val_docs < 0:
         raise ValueError(f"--val_docs must be at least 0, not {val_docs}")
-    encoding, val_shard = get_tokenizer(tokenizer), Path(out) / "val_000.bin"
+    encoding, val_shard = get_tokenizer(tokenizer), shard_path(out, "val", 0)
     settings = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, val_docs=val_docs)
     claim(out, dict(source=[fingerprint(file) for file in files]) | settings)
     for number, file in enumerate(files):
-        shard, last = Path(out) / f"train_{number:03d}.bin", number == len(files) - 1
+        shard, last = shard_path(out, "train", number), number == len(files) - 1
         remote = "://" in str(file)
         path = Path(out) / f"download_{Path(file).name}" if remote else Path(file)
-        if not shard.exists() or (last and not val_shard.exists()):
+        if shard_tokens(shard) is None or (last and shard_tokens(val_shard) is None):
             if remote and not path.exists():
                 download(file, path)
-            held_back = 0
-            if last:
-                held_back = val_docs or sum(1 for _ in read(path)) // 10 or 1
             documents = progress(read(path), desc=path.name, unit=" documents")
-            held = write_shard(shard, tokenize(documents, encoding), held_back)
-            if last:
-                write_shard(val_shard, held)
+            tokens = tokenize(documents, encoding, path)
+            try:
+                write_shard(shard, tokens, val_shard if last else None, val_docs)
+            except Unreadable as error:
+                if not remote:
+                    raise
+                path.unlink()
+                raise ValueError(f"{error} (from {file}: run again to fetch it again)") from None
         if remote:
             path.unlink(missing_ok=True)
 
 
-def fingerprint(file):
+def fingerprint(file: str | Path) -> str:
     """What tells a file from another: name, size and checksum of the first megabyte; or its URL."""
     if not Path(file).is_file():
         return str(file)
@@ -519,20 +724,25 @@ def fingerprint(file):
     return f"{Path(file).name}, {os.path.getsize(file)} bytes, {start:08x}"
 
 
-def download(url, path):
-    """Fetch a URL to a path; raises OSError, in one line.
+def download(url: str, path: Path) -> None:
+    """Fetch a URL to a path. Raises OSError, and makes no such file, if not all of it arrives."""
+    say(f"downloading {url}")
+    socket.setdefaulttimeout(60)  # urllib sets none, and would wait for ever for a silent server
+    with progress(desc=path.name, unit="B", unit_scale=True) as bar:
 
-    torch takes a lost connection for the end of a file; whoever reads the file finds it damaged.
-    """
-    socket.setdefaulttimeout(60)  # torch sets none, and would wait for ever for a silent server
-    print(f"downloading {url}", file=sys.stderr)
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    except OSError as error:
-        raise OSError(f"cannot download {url}: {first_line(error)}; run again to go on") from None
+        def show(number: int, size: int, total: int) -> None:
+            bar.total = total if total > 0 else None
+            bar.update(size)
+
+        try:
+            urllib.request.urlretrieve(url, f"{path}.tmp", show)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            advice = "run again, or give a file that you have"
+            raise OSError(f"cannot download {url} ({error}): {advice}") from None
+    os.replace(f"{path}.tmp", path)
 
 
-def make_toy(out, n_train=20000, n_val=2000, seed=0):
+def make_toy(out: str | Path, n_train: int = 20000, n_val: int = 2000, seed: int = 0) -> None:
     """Make toy shards in a folder, or leave them; raises ValueError if it holds other data."""
     stories = toy_stories(n_train + n_val, seed)
     prepare(out, [f"{len(stories)} toy stories of seed {seed}"], lambda _: stories, "toy", n_val)
@@ -542,99 +752,105 @@ OWT_URL = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/s
 OWT = [f"{OWT_URL}/urlsf_subset{i:02d}.tar" for i in range(21)]
 TEXT8 = ["http://mattmahoney.net/dc/text8.zip"]
 SOURCES = {  # what `prepare` is given, where the command line does not say otherwise
-    "openwebtext": dict(read=archive_documents, files=OWT, tokenizer="gpt2", val_docs=100_000),
-    "text8": dict(read=text8_documents, files=TEXT8, tokenizer="text8", val_docs=5),
-    "text": dict(read=text_documents, tokenizer="gpt2", val_docs=0),
+    "openwebtext": dict(read=read_openwebtext, files=OWT, tokenizer="gpt2", val_docs=100_000),
+    "text8": dict(read=read_text8, files=TEXT8, tokenizer="text8", val_docs=5),
+    "text": dict(read=read_text, tokenizer="gpt2", val_docs=0),
 }
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Command line
+# ------------ 7. Command line ---------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one plain line for an error, no abbreviated flags, texts as they stand."""
+    """argparse without abbreviated flags, with descriptions as they stand, and with ValueErrors."""
 
-    def __init__(self, prog, description, **more):
-        more |= dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        super().__init__(prog=prog, description=description, **more)
+    def __init__(self, description: str, **more):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, allow_abbrev=False, **more)
 
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+    def error(self, message: str):
+        raise ValueError(message)
 
 
-def progress(iterable=None, **options):
+def progress(iterable: Iterable | None = None, **options) -> tqdm:
     """A tqdm progress bar, redrawn twice a second on a terminal, twice a minute in a log."""
     pace = 0.5 if sys.stderr.isatty() else 30
     defaults = dict(mininterval=pace, maxinterval=max(10, pace), dynamic_ncols=True)
     return tqdm(iterable, **defaults | options)
 
 
-def numbers(text):
-    """'4,8,16' -> (4, 8, 16): a type for flags. ArgumentTypeError below 1 or from 2**31 on."""
-    values = tuple(int(part) for part in text.split(","))
-    if not 1 <= min(values) <= max(values) < 2**31:
-        raise argparse.ArgumentTypeError(f"must lie between 1 and 2**31: {text}")
-    return values
+def say(message: str) -> None:
+    """A line on stderr, above the progress bar."""
+    tqdm.write(message, file=sys.stderr)
 
 
-def first_line(error):
-    """What an exception says, without the many lines that torch and others add."""
-    return str(error).strip().split("\n")[0]
-
-
-def run(prog, main):
-    """Calls main(); a user's mistake, or too large a number, becomes one plain line and exit 2."""
-    large = "not enough memory|can't allocate memory|DefaultCPUAllocator|out of memory|overflow"
+def run(main: Callable[[], None]) -> None:
+    """Calls main(); a mistake of the user becomes one plain line on stderr, and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # for terminals that cannot show every character
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\n{prog}: interrupted", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, MemoryError, OverflowError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(large, str(error), re.IGNORECASE):
-            raise
-        message = "out of memory, or a number is too large: lower --batch_size, --k, --n ..."
-        if isinstance(error, (ValueError, OSError)):
-            message = first_line(error)
-        print(f"{prog}: error: {message}", file=sys.stderr)
+    except BrokenPipeError:  # as in `python data.py | head -1`: nobody wants the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell says it
+    except (ValueError, OSError) as error:
+        message = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            message = f"{error.strerror}: {error.filename or 'the output'}"
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def main(argv=None):
+def report(out: str) -> None:
+    """Prints what a folder holds, and what to do next."""
+    counts = {}
+    for split in ("train", "val"):
+        meta, shards = open_split(out, split)
+        counts[split] = sum(tokens for _, _, tokens in shards)
+        shown = f"{counts[split]:,} {meta['tokenizer']} tokens to {split}"
+        print(f"{out}: {shown} in {len(shards)} shard{'' if len(shards) == 1 else 's'}")
+    if not counts["train"] / 200 < counts["val"] < counts["train"]:
+        print("note: a lopsided split. The end of the last file is held back: see --val_docs")
+    presets = ("data/toy", "data/shakespeare", "data/openwebtext", "data/text8")  # of train.py
+    size = TOY_LENGTH + 2 if meta["tokenizer"] == "toy" else 128
+    small = f" --block_size {size} --n_layer 4 --n_embd 128 --batch_size 32"
+    known = Path(out) in map(Path, presets)
+    print(f"next: python train.py --data {shlex.quote(out)}" + ("" if known else small))
+
+
+def main(argv: list[str] | None = None) -> None:
     """Makes the folder that the command line asks for; says what is in it and what to do next."""
-    parser = Parser("data.py", __doc__.partition("\n\nA file")[0])
+    parser = Parser(__doc__.partition("\n\nA file")[0])
     text = "toy (default), openwebtext, text8, or a text file"
     parser.add_argument("source", nargs="?", default="toy", help=text)
-    parser.add_argument("files", nargs="*", help="archives, a zip, or more text files")
+    parser.add_argument("files", nargs="*", help="files of that source, or more text files")
     parser.add_argument("--out", help="folder to make (default: data/ and the name of the source)")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, help="default: gpt2 (text8: text8)")
-    text = "last documents, for validation (openwebtext: 100000; text8: 5; text, or 0: a tenth)"
+    text = "last documents, to validate (openwebtext: 100000; text8: 5; 0: a tenth of the tokens)"
     parser.add_argument("--val_docs", type=int, help=text)
-    given = vars(parser.parse_args(argv)).items()
-    given = {flag: value for flag, value in given if value not in (None, [])}
-    source = given.pop("source")
-    out = given.pop("out", f"data/{Path(source).stem}")
+    args = parser.parse_args(argv)
+    out = args.out or f"data/{Path(args.source).stem}"
+    source, files = args.source, args.files
     if source not in ("toy", "openwebtext", "text8"):
-        source, given["files"] = "text", [source, *given.get("files", [])]
-    for file in given.get("files", []):
+        source, files = "text", [args.source, *files]
+    for file in files:
         if "://" not in file and not os.path.isfile(file):
-            parser.error(f"no such file: {file} (sources are toy, openwebtext, text8, and files)")
+            fault = "is a folder or a pipe, not" if os.path.exists(file) else "is not the name of"
+            raise ValueError(f"{file!r} {fault} a file (or toy, openwebtext, text8)")
+    given = dict(files=files, tokenizer=args.tokenizer, val_docs=args.val_docs)
+    given = {flag: value for flag, value in given.items() if value not in (None, [])}
     if source != "toy":
         prepare(out, **SOURCES[source] | given)
     elif given:
-        parser.error(f"toy is made in one way only: --out alone can be chosen, not {[*given][0]}")
+        raise ValueError(f"toy is made in one way only: leave out {', '.join(given)}")
     else:
         make_toy(out)
-    for split in ("train", "val"):
-        meta, shards = open_split(out, split)
-        tokens = sum(tokens for _, _, tokens in shards)
-        print(f"{out}: {tokens:,} {meta['tokenizer']} tokens to {split} in {len(shards)} shards")
-    # train.py has presets for these folders
-    known = out in ("data/toy", "data/shakespeare", "data/openwebtext", "data/text8")
-    small = " --block_size 128 --n_layer 4 --n_embd 128 --batch_size 32"
-    print(f"next: python train.py --data {out}" + ("" if known else small))
+    report(out)
 
 
 if __name__ == "__main__":
-    run("data.py", main)
+    run(main)

@@ -8,9 +8,9 @@ Language Models for Text Generation", ICLR 2025, arXiv:2410.21357. It builds on 
     python sample.py     draws texts from them
 
 Masked diffusion hides the tokens of a text behind masks and learns to put them back. A *denoiser*
-fills all masks in one pass, each from a distribution of its own. So words that must agree with each
-other often do not. A *residual energy* reads a whole candidate text and says how plausible it is.
-EDLM lets the denoiser draft several candidates and keeps one of them, chosen by the energy.
+fills all masks in one pass, each from a distribution of its own. So words that should agree with
+each other often do not. A *residual energy* reads a whole candidate text and says how plausible it
+is. EDLM lets the denoiser draft several candidates and keeps one of them, chosen by the energy.
 
 Symbols, the same everywhere:
 
@@ -92,7 +92,8 @@ class Config:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions: rotates the pairs (i, i + D/2) of x Float[B, heads, L, D].
 
-    cos and sin, Float[L, D/2], are those of the angle for each position and pair.
+    D = d / heads is the width of a head. cos and sin, Float[L, D/2], belong to the angle by which
+    each pair is rotated at each position.
     """
     a, b = x.chunk(2, dim=-1)
     rotated = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -127,8 +128,7 @@ class Block(nn.Module):
             v = torch.cat((cache[1], v), dim=2)
         if cache is not None:
             cache[:] = k, v
-        # With a cache L is 1: the one new token may look at everything, so no causal mask is
-        # needed.
+        # A single new token may look at everything before it, so it needs no causal mask.
         a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and L > 1)
         a = self.attn_out(a.transpose(1, 2).reshape(B, L, d))  # [B, L, d]
         h = h + F.dropout(a, self.dropout, self.training)
@@ -171,20 +171,20 @@ class Transformer(nn.Module):
             for out in (block.attn_out, block.mlp_out):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    def forward(self, h: Tensor, cache: list | None = None) -> Tensor:
+    def forward(self, h: Tensor, caches: list | None = None) -> Tensor:
         """Embeddings Float[B, L, d] -> hidden states Float[B, L, d].
 
-        A causal model can read a text piece by piece. `cache` then is a list with one list for each
-        block, empty at first; the keys and values of the tokens so far are kept there. The first
-        piece may have any length, each later one has one token. Raises ValueError for more tokens
-        than the block has.
+        A causal model can read a text piece by piece: a first piece of any length, then one token
+        at a time. `caches` then has a list for each block, empty at first, which keeps the keys and
+        values of the tokens so far. Raises ValueError for more tokens than the block has.
         """
-        start = cache[0][0].shape[2] if cache and cache[0] else 0
+        start = caches[0][0].shape[2] if caches and caches[0] else 0
         end = start + h.shape[1]
         if end > len(self.cos):
             raise ValueError(f"{end} tokens do not fit into the block of {len(self.cos)}")
+        cos, sin = self.cos[start:end], self.sin[start:end]
         for i, block in enumerate(self.blocks):
-            h = block(h, self.cos[start:end], self.sin[start:end], cache[i] if cache else None)
+            h = block(h, cos, sin, caches[i] if caches else None)
         return self.norm(h)
 
 
@@ -245,11 +245,12 @@ def draw_timetable(
     """When each masked token will be revealed: masked Bool[B, L] -> Float64[B, L].
 
     Whether a token is revealed in a step depends on no token's value, see (2). So the times of all
-    reveals can be drawn before anything else. They are counted from the start of decoding, as 1 -
-    t: 0 is the start, 1 the end, and inf stands where nothing is masked.
+    reveals can be drawn before anything else. They are counted from the start of decoding, as
+    1 - t: 0 is the start, 1 the end. inf stands where nothing is masked.
 
-    A token is visible at time t with probability alpha_t, so alpha_t = u with a uniform u gives its
-    time of reveal. With T steps it is rounded down to the start of its step: 0, 1/T, 2/T, ...
+    A token must be visible at time t with probability alpha_t. Draw u uniformly, and reveal it at
+    the time at which alpha_t = u. At any t it is then visible if u <= alpha_t, which is what we
+    want. With T steps this time is rounded down to the start of its step: 0, 1/T, 2/T, ...
     steps=None is the limit of many steps, in which tokens are revealed one by one. Raises
     ValueError for steps < 1 or an unknown schedule.
     """
@@ -267,26 +268,27 @@ def draw_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A random step of a chain that ends in x0: (S Bool[B, L], U Bool[B, L], inside Bool[B]).
 
-    All training losses and all estimators start here. S is masked when the step begins, U is
-    revealed in it, `inside` says whether it begins in the importance-sampling window, t > 1 -
-    window.
+    All training losses and all estimators start here. S is masked when the step begins, and U is
+    revealed in it. `inside` says whether it begins in the importance-sampling window, where
+    t > 1 - window.
 
-    Draw a timetable, pick a random token, take the step that reveals it. A step that reveals |U| of
-    the M tokens is taken with probability |U| / M. So for a cost of this step, M / |U| times that
-    cost is an unbiased estimate of its sum over all steps. If the cost is itself a sum over U, then
-    M / |S| times the sum over S has the same mean and varies less: given its size, U is a uniform
-    subset of S.
+    We want the sum of a cost over all steps of the chain, but look at one step only. Draw a
+    timetable, pick a random token, and take the step that reveals it. A step is taken with
+    probability |U| / M, so we divide by that: (M / |U|) cost is unbiased. Many costs are sums over
+    the tokens of U. Given its size, U is a random subset of S. So the sum over U may be replaced by
+    |U| / |S| times the sum over S, which varies less. The estimate then is M / |S| times the sum
+    over S.
 
-    The rank of the picked token in its timetable is spread evenly over the batch. The numbers of
-    masks then cover 1..M evenly, which makes the mean over the batch more precise.
+    The picked tokens are spread evenly over the batch, from those revealed first to those revealed
+    last. This makes the mean over the batch more precise.
     """
     B, L = x0.shape
     maskable = torch.ones_like(x0, dtype=torch.bool)
     maskable[:, 0] = False
     when = draw_timetable(maskable, steps)  # [B, L]
     strata = torch.randperm(B, device=x0.device) + torch.rand(1, device=x0.device)
-    rank = (strata / B * (L - 1)).long().clamp(max=L - 2)  # 0..M-1
-    now = when.sort(dim=1).values.gather(1, rank[:, None])  # [B, 1]
+    rank = (strata / B * (L - 1)).long().clamp(max=L - 2)  # the picked token is revealed rank-th
+    now = when.sort(dim=1).values.gather(1, rank[:, None])  # [B, 1], since the start of decoding
     S = (when >= now) & maskable
     U = when == now
     return S, U, now[:, 0] < window
@@ -294,7 +296,8 @@ def draw_step(
 
 # ------------ 3. The denoiser and its NELBO -------------------------------------------------------
 
-ROWS = {"cuda": 2048, "cpu": 64}  # rows of V numbers made at once: fills a GPU, fits a CPU's cache
+# Rows of V numbers that are made at once. 2048 keep a GPU busy, 64 stay in a CPU's cache.
+ROWS = {"cuda": 2048, "cpu": 64}
 
 
 class Denoiser(nn.Module):
@@ -311,8 +314,9 @@ class Denoiser(nn.Module):
         self.head = OutputLayer(config)
 
     def forward(self, x_t: Tensor, where: Tensor) -> Tensor:
-        """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V rounded up]. Other positions never
-        reach the vocabulary.
+        """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V rounded up].
+
+        For other positions no logits are computed.
         """
         hidden = self.transformer(self.transformer.embed(x_t))  # [B, L, d]
         return self.head(hidden[where])
@@ -339,14 +343,15 @@ def candidate_log_q(logits: Tensor, candidates: Tensor, where: Tensor) -> Tensor
 def nelbo(denoiser, x0: Tensor, *, mask_id: int) -> Tensor:
     """The NELBO of masked diffusion, equation (3): x0 Long[B, L] -> Float[B], nats per sequence.
 
-    The negative evidence lower bound is at least -log p(x0). The chain that draws x0 reveals its
-    tokens in an order that does not depend on them. So p(x0) is a mean over timetables, and by
-    Jensen's inequality -log p(x0) is at most the mean over timetables of -log of what each costs.
+    The negative evidence lower bound is at least -log p(x0). The chain draws its timetable without
+    looking at tokens, so p(x0) is a mean over timetables. By Jensen's inequality -log p(x0) is at
+    most the mean over timetables of -log p(x0 | timetable), which is a sum over tokens.
 
     With many steps tokens are revealed one by one. While m are left, S is uniform among the sets of
-    that size, and each token of S is the next with probability 1/m: this is (3). One random S a
-    row makes the estimate unbiased, see `draw_step`. The usual form of this loss integrates over t
-    with a weight 1/t, which varies much more. Its mean is the training loss of the denoiser.
+    that size, and each token of S is the next with probability 1/m: this is (3). One random S for
+    each row is enough for an unbiased estimate, see `draw_step`. The mean over a batch is the
+    denoiser's training loss. It has no weight 1/t, as the usual form of this loss has, and so it
+    varies less.
     """
     S, _, _ = draw_step(x0)
     x_t = x0.masked_fill(S, mask_id)
@@ -369,14 +374,15 @@ def categorical(logits: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]
     Raises ValueError, naming the row, for logits that are no distribution (nan, +inf, or all -inf).
     """
     u = torch.rand(len(logits), k, dtype=torch.float64, device=logits.device, generator=generator)
-    u = 1 - u  # in (0, 1]: the first token whose cumulative sum reaches u has a probability above 0
+    u = 1 - u  # in (0, 1]: the first token whose cumulative sum reaches u has probability > 0
     rows = ROWS[logits.device.type]
     tokens, log_p, totals = [], [], []
     for some, some_u in zip(logits.split(rows), u.split(rows), strict=True):
         p = some.float().softmax(dim=1)  # [rows, V]
         cumulative = p.cumsum(dim=1, dtype=torch.float64)
         total = cumulative[:, -1:]  # 1, but for rounding
-        drawn = torch.searchsorted(cumulative, some_u * total).clamp(max=p.shape[1] - 1)
+        drawn = torch.searchsorted(cumulative, some_u * total)
+        drawn = drawn.clamp(max=p.shape[1] - 1)  # only nan, refused below, is beyond the last token
         tokens.append(drawn)
         log_p.append(p.gather(1, drawn).log())
         totals.append(total[:, 0])
@@ -392,9 +398,9 @@ def propose(logits: Tensor, x_t: Tensor, where: Tensor, k: int, generator=None):
 
     logits [N, V], x_t Long[B, L], where Bool[B, L] -> (Long[B, k, L], log_q Float[B, k] in nats).
     """
-    tokens, log_q = categorical(logits, k, generator)  # [N, k] both
+    tokens, log_p = categorical(logits, k, generator)  # [N, k] both
     candidates = torch.where(where[:, :, None], put_back(tokens, where), x_t[:, :, None])
-    return candidates.transpose(1, 2).contiguous(), put_back(log_q, where).sum(dim=1)
+    return candidates.transpose(1, 2).contiguous(), put_back(log_p, where).sum(dim=1)
 
 
 # ------------ 4. The autoregressive model ---------------------------------------------------------
@@ -439,13 +445,13 @@ class AutoregressiveLM(nn.Module):
     def sample(self, x: Tensor, length: int, generator=None) -> Tensor:
         """Continues x Long[B, P], which is BOS and any prompt, to Long[B, length], token by token.
 
-        Keys and values are cached, so a new token costs one position. Raises ValueError if that is
-        more than the block has.
+        Keys and values are cached, so a new token costs one position. Raises ValueError if the
+        length - 1 tokens that it reads do not fit into the block.
         """
-        cache = [[] for _ in self.transformer.blocks]
+        caches = [[] for _ in self.transformer.blocks]
         new = x
         while x.shape[1] < length:
-            hidden = self.transformer(self.transformer.embed(new), cache)[:, -1]  # [B, d]
+            hidden = self.transformer(self.transformer.embed(new), caches)[:, -1]  # [B, d]
             new, _ = categorical(self.head(hidden), 1, generator)  # [B, 1]
             x = torch.cat((x, new), dim=1)
         return x
@@ -513,8 +519,10 @@ class NCEResidual(nn.Module):
         """candidates Long[B, K, L], x_t Long[B, L] -> E Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]  # [B, K, L, d]
-        h = self.transformer(h.flatten(0, 1).float()).float().mean(dim=1)  # [B K, d]
-        with torch.autocast(h.device.type, enabled=False):  # bfloat16 would leave three digits of E
+        h = self.transformer(h.flatten(0, 1).float())  # [B K, L, d]
+        # bfloat16 would leave three digits of E, so the rest is done in float32.
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.float().mean(dim=1)  # [B K, d]
             return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2])
 
 
@@ -526,13 +534,12 @@ def check_eval(**models) -> None:
 
 
 def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
-    """Noise-contrastive estimation, equation (6): x0 Long[B, L] -> a scalar, the batch mean, no
-    unit.
+    """Noise-contrastive estimation, equation (6): x0 Long[B, L] -> a scalar, the batch mean.
 
     The energy learns to tell a true text from a false one. The true one is x0. The false one is
     what the frozen denoiser draws for the masks of the same x_t. With the best possible energy,
-    exp(-E) is the data's p(x0 | x_t) over mu(x0 | x_t), so that (4) is the data's distribution and
-    Z = 1.
+    exp(-E) is the data's p(x0 | x_t) divided by mu(x0 | x_t). Then (4) is the data's distribution,
+    and Z = 1.
 
     Raises ValueError if the denoiser is in training mode: it must draw as it will when sampling.
     """
@@ -584,8 +591,8 @@ def sample_plain(
 # 1. Steps that reveal nothing are skipped. The timetable of all reveals is drawn first
 #    (`draw_timetable`), so each sequence can go straight to its next step that reveals a token.
 #    The denoiser is not told the time, so sequences at different times share a forward pass.
-# 2. Few positions reach the vocabulary. Without a judge only the tokens in U are drawn. That is the
-#    same law, because under mu the positions are independent.
+# 2. Logits are computed for few positions. Without a judge only the tokens in U are drawn. That is
+#    the same law, because under mu the positions are independent.
 # 3. Candidates that agree on U are not judged: whichever is kept, the step reveals the same.
 
 JUDGED_TOKENS = 2**14  # tokens that go through the energy in one call
@@ -627,6 +634,13 @@ class SampleState:
     refused: Tensor | None = None  # Long[B], drafts refused so far (`sample_exact` only)
 
 
+def check_start(x: Tensor, mask_id: int, **models) -> None:
+    """Raises ValueError for a start state or for models that no sampler can begin with."""
+    if (x[:, 0] == mask_id).any():
+        raise ValueError("x[:, 0] must be BOS: it is given to every model and cannot be masked")
+    check_eval(**models)
+
+
 def choose(denoiser, energy, x_t, U, inside, rows, *, mask_id, k, generator):
     """Tokens for the positions U of x_t Long[B, L]: (chosen Long[B, L], ess Float[B]).
 
@@ -635,10 +649,10 @@ def choose(denoiser, energy, x_t, U, inside, rows, *, mask_id, k, generator):
     # The energy reads whole texts: rows inside the window have all their masks filled.
     where = torch.where(inside[:, None], x_t == mask_id, U)
     candidates, log_q = propose(denoiser(x_t, where), x_t, where, k, generator)  # [B, k, L]
-    chosen = candidates[:, 0].clone()
+    chosen = candidates[:, 0].clone()  # the rows that are judged are overwritten below
     ess = torch.full((len(x_t),), math.nan, device=x_t.device)
-    agree = ((candidates == candidates[:, :1]) | ~U[:, None]).all(dim=(1, 2))
-    judged = inside & ~agree
+    differ = (candidates != candidates[:, :1]) & U[:, None]  # [B, k, L]
+    judged = inside & differ.any(dim=(1, 2))
     if judged.any():
         few = candidates[judged]
         E = in_chunks(energy, few, x_t[judged], log_q[judged])
@@ -660,9 +674,7 @@ def sample_states(
     """
     if k < 1 or not 0 <= window <= 1:
         raise ValueError(f"needs k >= 1 and 0 <= window <= 1: got {k}, {window}")
-    if (x[:, 0] == mask_id).any():
-        raise ValueError("x[:, 0] must be BOS: it is given to every model and cannot be masked")
-    check_eval(denoiser=denoiser, energy=energy)
+    check_start(x, mask_id, denoiser=denoiser, energy=energy)
     if energy is None or window == 0:
         k = 1
     when = draw_timetable(x == mask_id, steps, schedule, generator)  # [B, L]
@@ -719,54 +731,57 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 
     For EDLM-coAR, (4) is the product over masked i of p_AR(x0_i | x0_<i), and Z = 1. So it can be
     drawn from exactly, without k, weights or T. The denoiser drafts all masked tokens of x
-    Long[B, L], each from q_i = mu_i. Then, in rounds:
+    Long[B, L], each from q_i = mu_i. Then, in rounds, until all is revealed:
 
-    The AR model reads the drafts, in one pass. We go through them from left to right and accept
-    draft i with probability min(1, p_i / q_i). The first one that is refused is drawn anew from the
-    positive part of p_i - q_i, which makes up for the refusals: the token has exactly the law p_i.
-    All drafts to its right are drawn anew, now from what the AR model has just said of them: in the
-    next round, these p are the q. Nothing but q must be known of a draft, so the law stays exact.
+    The AR model reads the drafts and gives p_i, its distribution at i after the drafts on the left.
+    Draft i is kept with probability min(1, p_i / q_i). Else it is replaced by a draw from the
+    positive part of p_i - q_i. This makes up for the refusals: now draft i has exactly the law p_i.
+    Up to and including the first refusal, the AR model has read the true text, so these tokens are
+    revealed. To the right of it, it has read a draft that is no longer there. Those tokens stay
+    drafts for the next round, in which these p are the q.
 
     This is speculative decoding with a denoiser as the drafter. `ar` has a method `logits`, as
     AutoregressiveLM has. Given tokens never change; p_AR does not see those to the right of a gap.
-    Raises ValueError for a model in training mode, and for logits that are no distribution.
+    Raises ValueError for a masked x[:, 0], a model in training mode, and logits that are no
+    distribution.
     """
-    check_eval(denoiser=denoiser, ar=ar)
-    S = x == mask_id
-    passes = S.any(dim=1).long()  # of the denoiser
-    refusals = torch.zeros_like(passes)
+    check_start(x, mask_id, denoiser=denoiser, ar=ar)
+    passes = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    refusals = passes
     nan = torch.full(passes.shape, math.nan, device=x.device)
-    yield SampleState(x, torch.ones_like(nan), nan, 0 * passes, 0 * passes, refusals)
+    yield SampleState(x, torch.ones_like(nan), nan, passes, passes, refusals)
+    S = x == mask_id
     wanted = S.sum(dim=1).clamp(min=1)
     q = probabilities(denoiser(x, S), mask_id)  # [N, V]
+    draft = categorical(q.log(), 1, generator)[0]  # [N, 1]
+    passes = passes + S.any(dim=1)
     while S.any():
-        rows = S.any(dim=1)  # the other texts are finished
-        draft, _ = categorical(q.log(), 1, generator)  # [N, 1]
-        text = x.masked_scatter(S, draft)  # [B, L]
-        p = probabilities(ar.logits(text[rows], S[rows]), mask_id)  # [N, V]
-        u = torch.rand(len(q), 1, device=x.device, generator=generator)
-        refuse = put_back((u * q.gather(1, draft) >= p.gather(1, draft))[:, 0], S)  # [B, L]
-        count = refuse.cumsum(dim=1)
-        first = refuse & (count == 1)
-        x = torch.where(count == 0, text, x)
-        if first.any():
-            here = first[S]  # Bool[N]
-            rest = (p[here] - q[here]).clamp(min=0)
-            empty = rest.sum(dim=1, keepdim=True) == 0  # p equals q up to rounding
-            again, _ = categorical(torch.where(empty, p[here], rest).log(), 1, generator)
-            x = x.masked_scatter(first, again)
-        q = p[(x == mask_id)[S]]
-        S = x == mask_id
-        passes = passes + rows
-        refusals = refusals + first.any(dim=1)
+        unfinished = S.any(dim=1)  # Bool[B]
+        read = x.masked_scatter(S, draft)[unfinished]
+        p = probabilities(ar.logits(read, S[unfinished]), mask_id)  # [N, V]
+        passes = passes + unfinished
+        u = torch.rand(draft.shape, device=x.device, generator=generator)
+        refused = (u * q.gather(1, draft) >= p.gather(1, draft))[:, 0]  # [N]
+        rest = (p[refused] - q[refused]).clamp(min=0)
+        empty = rest.sum(dim=1, keepdim=True) == 0  # p equals q up to rounding
+        rest = torch.where(empty, p[refused], rest)
+        draft[refused] = categorical(rest.log(), 1, generator)[0]
+        refused = put_back(refused, S)  # [B, L]
+        before = refused.cumsum(dim=1) - refused.long()  # refusals to the left of each position
+        right = S & (before == 0)
+        refusals = refusals + (refused & right).sum(dim=1)
+        x = torch.where(right, x.masked_scatter(S, draft), x)
+        still = ~right[S]  # p, q and the drafts have a row for each True of S
+        q, draft = p[still], draft[still]
+        S = S & ~right
         yield SampleState(x, S.sum(dim=1) / wanted, nan, passes, passes, refusals)
 
 
 # ------------ 7. What perplexity means ------------------------------------------------------------
 # Perplexity is exp(nats per token). Two different numbers have been given this name.
 #
-#     (8)  partition   with T_n = log of the mean of exp(-E(x', x_t)) over n draws x' from mu:
-#                      mean[T_n] <= log Z <= mean[(2n - 1) T_n - 2 (n - 1) T_{n-1}]
+#     (8)  partition   with A_n = log of the mean of exp(-E(x', x_t)) over n draws x' from mu:
+#                      mean[A_n] <= log Z <= mean[(2n - 1) A_n - 2 (n - 1) A_{n-1}]
 #                      The first holds for every n, the second once n is large enough.
 #     (9)  joint       sum over m = 1..M of (1/m) mean over |S| = m [
 #                          -log mu(x0 | x_{-S}) + E(x0, x_{-S}) + log Z(x_{-S}) ]
@@ -775,28 +790,29 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #                      and w = exp(-E) are the weights of k candidates; the first has x0 on U
 #
 # The joint formula (9) is the paper's, and its tables report it. It is the NELBO (3) with
-# -log p(x0 | x_t) of (4) in place of -log mu. A step that reveals half of the masked tokens is
-# charged half of their joint cost. For independent tokens, as under mu, that is right. With an
-# energy the tokens of a step depend on each other, and it is not: revealing U costs -log of the
-# *marginal* probability of x0_U.
+# -log p(x0 | x_t) of (4) in place of -log mu. In a chain of T steps, it charges the share |U| / |S|
+# of -log p(x0 | x_t) for each step; (9) as written is the limit of many steps. For independent
+# tokens, as under mu, that share is right. With an energy the tokens of a step depend on each
+# other, and it is not: revealing U costs -log of the *marginal* probability of x0_U.
 #
 # Example: two fair bits that are always equal. Their entropy is 1 bit. The energy is the best one,
-# so (4) is the data's distribution and the chain draws it exactly, in any number of steps. With
-# T = 2 each bit is revealed in the first step with probability 1/2:
+# so (4) is the data's distribution, and the chain draws it exactly in any number of steps. With
+# T = 2 steps, each bit is revealed in the first one with probability 1/2:
 #
-#     first step reveals   probability   (9) charges, step by step   true cost, step by step
-#     both bits                1/4         1/2 + 0   =  1/2             1 + 0  =  1
-#     one of them              1/2         1/2 + 0   =  1/2             1 + 0  =  1
-#     none                     1/4         1/2 + 1   =  3/2             0 + 1  =  1
+#     first step reveals   probability   the joint formula charges   the true cost
+#     both bits                1/4           1   + 0  =  1             1 + 0  =  1
+#     one of them              1/2           1/2 + 0  =  1/2           1 + 0  =  1
+#     none of them             1/4           0   + 1  =  1             0 + 1  =  1
 #     mean                                              3/4 bit                  1 bit
 #
-# So (9) reports less than the entropy, which no distribution can. As T grows it falls to 1/2 bit.
+# Whoever sees one of the bits has paid only half of the bit that both share. So the joint formula
+# reports less than the entropy, which no distribution can. As T grows it falls to 1/2 bit.
 #
 # The sampler's cost (10) is that of the very law `sample` draws from. Of k candidates, the first is
-# x0 on U and anything on the rest with probability mu_U(x0_U), and it is then kept with probability
-# w_1 / (w_1 + ... + w_k). Any of the k can be the one, hence the factor k. The mean is over what
-# the first candidate has outside U, and over the k - 1 others. k = 1 is the NELBO of a chain of T
-# steps; for k to infinity P_k tends to the marginal of (4).
+# x0 on U with probability mu_U(x0_U), and it is then kept with probability w_1 / (w_1 + ... + w_k).
+# Any of the k can be the one, hence the factor k. The mean is over the rest of the first candidate
+# and over the k - 1 others. k = 1 is the NELBO of a chain of T steps. For k to infinity, P_k tends
+# to the marginal of (4).
 
 
 def log_mean_exp(a: Tensor) -> Tensor:
@@ -808,14 +824,14 @@ def log_mean_exp(a: Tensor) -> Tensor:
 def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int):
     """Estimates log Z(x_t) by (8): x_t Long[B, L] -> (lower, upper), Float[B] each, in nats.
 
-    `lower` is T_n from n draws. Its mean is at most log Z (Jensen's inequality). `upper` is the
-    paper's Theorem 1, with T_{n-1} averaged over the n ways to leave one draw out. For large n the
-    mean of T_n is about log Z - c/n, which makes the mean of `upper` about log Z + c/n.
+    `lower` is A_n from n draws. Its mean is at most log Z (Jensen's inequality). `upper` is the
+    paper's Theorem 1, with A_{n-1} averaged over the n ways to leave one draw out. For large n the
+    mean of A_n is about log Z - c/n, which makes the mean of `upper` about log Z + c/n.
 
-    At small n `upper` is no upper bound. If the weight is 1000 for one text in a hundred, and 1 for
-    the others, then log Z = 2.40, and the mean of `upper` is 0.25, 0.92, 2.14, 3.02, 2.53 for n =
-    2, 8, 32, 128, 512. `upper` is +inf for a row in which only one draw has a finite energy. Raises
-    ValueError for n < 2 and for energies that `check_energies` refuses.
+    At small n `upper` is no upper bound. Let the weight exp(-E) be 1000 for one text in a hundred
+    and 1 for the others: log Z is 2.40. The mean of `upper` is 0.23, 0.89, 2.15, 2.99 and 2.53 for
+    n = 2, 8, 32, 128 and 512. `upper` is +inf for a row in which only one draw has a finite energy.
+    Raises ValueError for n < 2 and for energies that `check_energies` refuses.
     """
     if n < 2:
         raise ValueError(f"the bounds on log Z leave one of n >= 2 draws out: n is {n}")
@@ -824,12 +840,12 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     E = in_chunks(energy, draws, x_t, log_q)
     check_energies(E, range(len(E)))
     log_w = -E.double()  # [B, n]; the factor 2n - 1 multiplies rounding errors
-    T_n = log_mean_exp(log_w)  # [B]
+    A_n = log_mean_exp(log_w)  # [B]
     left_out = torch.eye(n, dtype=torch.bool, device=E.device)
     others = log_w[:, None].expand(-1, n, n).masked_fill(left_out, -math.inf)  # [B, n, n]
-    T_less = (others.logsumexp(dim=2) - math.log(n - 1)).mean(dim=1)
-    upper = (2 * n - 1) * T_n - 2 * (n - 1) * T_less
-    return T_n.to(log_q), upper.to(log_q)
+    A_less = (others.logsumexp(dim=2) - math.log(n - 1)).mean(dim=1)
+    upper = (2 * n - 1) * A_n - 2 * (n - 1) * A_less
+    return A_n.to(log_q), upper.to(log_q)
 
 
 @torch.no_grad()
@@ -870,7 +886,8 @@ def sampler_nelbo(
 
     Why it is an upper bound: the mean in (10) is estimated by an average of n terms. The log of an
     average is too low on average (Jensen's inequality), so its negative is too high. The gap closes
-    as n grows. Term i puts x0_U into draw i; its rivals are the next k - 1 draws, in a circle.
+    as n grows. Term i puts x0_U into draw i. Its rivals are the next k - 1 draws, in a circle: for
+    n = 4 and k = 3, the rivals of term 3 are draws 4 and 1.
 
     What it costs: one denoiser pass and 2n energies a row. Raises ValueError unless 1 <= k <= n and
     0 <= window <= 1, for steps < 1, and, naming the row, where all k candidates of a term have

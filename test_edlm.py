@@ -10,6 +10,7 @@
 
 import argparse
 import contextlib
+import gzip
 import io
 import itertools
 import json
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import urllib.request
 import zipfile
 from collections import Counter, defaultdict
 from functools import cache, partial
@@ -34,6 +36,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -827,7 +830,7 @@ def prepare(out, source, files, **options):
     data.prepare(out, **data.SOURCES[source] | dict(files=files, tokenizer="bytes") | options)
 
 
-def test_toy_language_is_a_distribution_with_the_stated_entropy():
+def test_data_toy_language_is_a_distribution_with_the_stated_entropy():
     # By hand: 3 templates, 6 names, 5 friends, 4 colours, 4 objects, no two choices the same story.
     assert len(set(data.toy_language())) == len(data.toy_language()) == 3 * 6 * 5 * 4 * 4
     assert data.toy_entropy() == pytest.approx(math.log(1440), abs=1e-9)
@@ -837,7 +840,7 @@ def test_toy_language_is_a_distribution_with_the_stated_entropy():
     assert data.toy_stories(9, seed=1) == data.toy_stories(9, seed=1) != data.toy_stories(9, seed=2)
 
 
-def test_toy_stories_have_one_length_round_trip_and_keep_every_agreement():
+def test_data_toy_stories_have_one_length_round_trip_and_keep_every_agreement():
     tokenizer = data.get_tokenizer("toy")
     for story in data.toy_language()[::7]:
         ids = data.encode(tokenizer, story)
@@ -849,7 +852,7 @@ def test_toy_stories_have_one_length_round_trip_and_keep_every_agreement():
     assert not any(map(data.toy_is_valid, [*broken, "", good + " ", good[:-1], good + " " + good]))
 
 
-def test_tokenizers_round_trip_and_show_masks():
+def test_data_tokenizers_round_trip_and_show_masks():
     texts = {"bytes": "Häß\n\n 世界 <|endoftext|> \0" * 99, "text8": "the fox", "toy": "ben has a"}
     for name, size, mask in (("bytes", 257, "_"), ("text8", 28, "_"), ("toy", 35, " ___")):
         tokenizer = data.get_tokenizer(name)
@@ -862,10 +865,10 @@ def test_tokenizers_round_trip_and_show_masks():
     assert data.decode(data.get_tokenizer("bytes"), [104, 195]) == "h\N{REPLACEMENT CHARACTER}"
 
 
-def test_what_cannot_be_tokenised_is_refused_by_name(monkeypatch):
+def test_data_what_cannot_be_tokenised_is_refused_by_name(monkeypatch):
     for name, text, culprit in [
         ("toy", "ben has a yacht.", "' yacht'"),
-        ("toy", "ben  has", "' '"),
+        ("toy", "ben  has", "' ': a toy word carries one space"),
         ("text8", "a\n", r"'\n'"),
         ("bytes", "\ud800", "Unicode"),
     ]:
@@ -874,6 +877,34 @@ def test_what_cannot_be_tokenised_is_refused_by_name(monkeypatch):
     # What fetches the vocabulary fails with an OSError, as without a network.
     monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: open("no such\nfile"))
     refused("TIKTOKEN_CACHE_DIR", data.get_tokenizer.__wrapped__, "gpt2")
+
+
+def test_data_long_texts_are_encoded_in_parts_with_the_same_tokens(tmp_path, monkeypatch):
+    # GPT-2's own pattern, and a small vocabulary whose tokens show where white space was cut.
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    tokens = [bytes([i]) for i in range(256)] + [b"  ", b" a", b"bc", b"\n\n", b"    ", b" \n"]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    special = {data.END_OF_TEXT: len(tokens)}
+    tokenizer = tiktoken.Encoding(
+        "x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+    )
+    spaces = "a" + " " * 2_000_000 + "b"
+    with pytest.raises(ValueError, match="Max stack size"):
+        tokenizer.encode_to_numpy(spaces)
+    assert tokenizer.decode(data.encode(tokenizer, spaces)) == spaces
+    rng = np.random.default_rng(0)
+    words = ["a", " ", "  ", "\n", "bc", "'ll", "7", ".", "\u3000", "\x1c", "é", "\t", "\xa0"]
+    text = "".join(rng.choice(words, 5000))
+    monkeypatch.setattr(data, "PARTS", re.compile(data.PARTS.pattern.replace("100000", "40")))
+    parts = data.PARTS.findall(text)
+    assert "".join(parts) == text and len(parts) > 100
+    assert data.encode(tokenizer, text) == tokenizer.encode_ordinary(text)
+    (document,) = data.tokenize([text], tokenizer, "a.txt")  # its parts side by side
+    assert document.tolist() == [*tokenizer.encode_ordinary(text), len(tokens)]
+    refused(
+        "a.txt, document 2: .*Unicode",
+        lambda: [*data.tokenize(["a", "\ud800"], tokenizer, "a.txt")],
+    )
 
 
 META = dict(tokenizer="bytes", vocab_size=257, source=["a", "b", "c"])
@@ -890,8 +921,8 @@ def make_folder(folder, tokens, shard_tokens=70):
     return folder
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 7, 30, 1000])
-def test_shards_round_trip_with_blocks_that_span_them(tmp_path, shard_tokens):
+@pytest.mark.parametrize("shard_tokens", [1, 7, 1000])
+def test_data_shards_round_trip_with_blocks_that_span_them(tmp_path, shard_tokens):
     tokens = np.random.default_rng(0).integers(0, 256, 200)
     blocks = data.Blocks(make_folder(tmp_path, tokens, shard_tokens), "train", 32)
     assert (blocks.tokenizer, blocks.vocab_size, blocks.eot, len(blocks)) == ("bytes", 257, 256, 6)
@@ -901,46 +932,43 @@ def test_shards_round_trip_with_blocks_that_span_them(tmp_path, shard_tokens):
     assert header.tolist() == [20240520, 1, min(200, shard_tokens)] + [0] * 253
     loader = DataLoader(blocks, batch_sampler=[[4, 0], [5]], num_workers=2)
     assert [batch.tolist() for batch in loader] == [[expected[4], expected[0]], [expected[5]]]
-    tokens.astype("<u2").tofile(tmp_path / "train.bin")  # as nanoGPT writes it
-    assert len(data.Blocks(tmp_path, "train", 22)) == 10 and blocks.tokenizer == "bytes"  # not that
-    (tmp_path / "meta.json").unlink()
+
+
+def test_data_of_nanogpt_is_read_unless_its_vocabulary_is_its_own(tmp_path):
+    tokens = np.arange(200, dtype="<u2")
+    tokens.tofile(tmp_path / "train.bin")
     blocks = data.Blocks(tmp_path, "train", 32)
     assert (blocks.tokenizer, blocks.vocab_size, len(blocks)) == ("gpt2", 50257, 6)
     assert blocks[5].tolist() == [50256, *tokens[150:180], 50256]
+    (tmp_path / "meta.pkl").write_bytes(b"of characters")
+    refused(r"meta.pkl.*--tokenizer bytes", data.Blocks, tmp_path, "train", 32)
 
 
-def test_damaged_folders_are_refused(tmp_path):
-    make_folder(tmp_path, np.arange(200))
-    shard, meta = tmp_path / "train_001.bin", tmp_path / "meta.json"
-    metas = [dict(vocab_size="257"), dict(tokenizer=["bytes"]), dict(source=[]), dict(source=5)]
-    metas += [dict(vocab_size=258), dict(source="abc")]
-    metas = [json.dumps(META | bad) for bad in metas] + ["", "[]", "\0", "[" * 99999, '{"tokeni']
-    shards = [shard.read_bytes()[:-1], b"\x89PNG" + bytes(3000), b""]
-    for path, damaged in {shard: shards, meta: [bad.encode() for bad in metas]}.items():
-        whole = path.read_bytes()
-        for bad in damaged:
-            path.write_bytes(bad)
-            refused(f"{path.name} is damaged", data.Blocks, tmp_path, "train", 32)
-        path.write_bytes(whole)
-    for path, message in {shard: "is missing: run the same", meta: "no tokens.*data.py"}.items():
-        path.unlink()
-        refused(message, data.Blocks, tmp_path, "train", 32)
-
-
-def test_blocks_and_shards_refuse_what_does_not_fit(tmp_path):
+def test_data_folders_that_are_damaged_or_do_not_fit_are_refused(tmp_path):
     folder = make_folder(tmp_path / "d", np.arange(200))
+    shard, meta = folder / "train_001.bin", folder / "meta.json"
+    for path, bad, message in [
+        (shard, shard.read_bytes()[:-1], "train_001.bin is missing or damaged: run the same"),
+        (meta, b'{"name": "another program"}', "meta.json is damaged or not made by data.py"),
+        (meta, b'{"tokeni', "meta.json is damaged or not made by data.py"),
+    ]:
+        whole = path.read_bytes()
+        path.write_bytes(bad)
+        refused(message, data.Blocks, folder, "train", 32)
+        path.write_bytes(whole)
     refused("50 tokens, too few for one block of 53", data.Blocks, folder, "val", 53)
     assert len(data.Blocks(folder, "val", 52)) == 1
     refused("at least 3", data.Blocks, folder, "val", 2)
+    refused("meta.json is a file: run `python data.py", data.Blocks, meta, "train", 32)
+    refused("no train tokens.*data.py", data.Blocks, tmp_path, "train", 32)
     foreign = data.Blocks(make_folder(tmp_path / "e", np.full(100, 999)), "train", 32)
     refused("token 999, unknown to bytes", foreign.__getitem__, 0)
-    # What `write_shard` asks of an array, with more tokens than an int32 counts, in no memory.
-    many = type("Many", (), dict(__len__=lambda self: 2**31, tobytes=lambda self: b""))()
+    many = type("Many", (bytes,), dict(__len__=lambda self: 2**31))()  # that many, in no memory
     refused("too many.*cut its source", data.write_shard, tmp_path / "x.bin", [many])
     assert not (tmp_path / "x.bin").exists()
 
 
-def test_toy_shards_hold_one_story_per_block(tmp_path):
+def test_data_toy_shards_hold_one_story_per_block(tmp_path):
     data.make_toy(tmp_path, n_train=300, n_val=40, seed=3)
     tokenizer, stories = data.get_tokenizer("toy"), data.toy_stories(340, seed=3)
     for split, expected in {"train": stories[:300], "val": stories[300:]}.items():
@@ -953,7 +981,7 @@ def first(order, n):
     return list(itertools.islice(order, n))
 
 
-def test_batch_order_is_a_permutation_per_epoch_and_resumes_at_any_step():
+def test_data_batch_order_is_a_permutation_per_epoch_and_resumes_at_any_step():
     whole = first(data.BatchOrder(23, 4, 2, seed=0), 40)  # 5 steps an epoch, 3 blocks left out
     for epoch in (whole[:10], whole[10:20]):
         assert len(set(sum(epoch, []))) == 20 and set(sum(epoch, [])) <= set(range(23))
@@ -964,7 +992,7 @@ def test_batch_order_is_a_permutation_per_epoch_and_resumes_at_any_step():
 
 
 @pytest.mark.parametrize("world", [2, 3, 6])
-def test_batch_order_gives_ranks_what_one_process_would_see(world):
+def test_data_batch_order_gives_ranks_what_one_process_would_see(world):
     alone = first(data.BatchOrder(100, 24, 4, seed=5), 24)  # 6 micro-batches per step
     orders = [data.BatchOrder(100, 24, 4, seed=5, rank=r, world=world) for r in range(world)]
     ranks = [first(order, 24 // world) for order in orders]
@@ -976,21 +1004,78 @@ def test_batch_order_gives_ranks_what_one_process_would_see(world):
 
 FRAMED = {
     "one\nstill one\n \n\n  two\n\n\n": ["one\nstill one", "two"],
-    "a\n\nb<|endoftext|>c<|endoftext|>\n<|endoftext|>d": ["a\n\nb", "c", "d"],
+    "no blank line\nin all\nof it": ["no blank line\nin all\nof it"],
+    "a\n\nb\n <|endoftext|> \nc\n<|endoftext|>\n\n<|endoftext|>\nd": ["a\n\nb", "c", "d"],
+    "a<|endoftext|>\nb\n\n\nb<|endoftext|>\n<|endoftext|>c": ["a", "b\n\n\nb", "c"],
+    # here a text only speaks of the marker, which stays a text
+    "uses <|endoftext|>\nand\n\n<|endoftext|> is (<|endoftext|>)": [
+        "uses <|endoftext|>\nand",
+        "<|endoftext|> is (<|endoftext|>)",
+    ],
 }
 
 
 @pytest.mark.parametrize("content", FRAMED)
-def test_a_text_is_framed_alike_for_training_and_for_evaluation(tmp_path, content):
-    (tmp_path / "a.txt").write_text(content)
-    assert list(data.text_documents(tmp_path / "a.txt")) == FRAMED[content]
-    prepare(tmp_path / "o", "text", [tmp_path / "a.txt"], val_docs=1)
-    expected = [token for text in FRAMED[content] for token in [*text.encode(), 256]]
+def test_data_is_framed_alike_for_training_and_for_evaluation(tmp_path, capsys, content):
+    path, texts = tmp_path / "a.txt", FRAMED[content]
+    path.write_text(content)
+    prepare(tmp_path / "o", "text", [path])
+    way = "parted by <|endoftext|>" if texts[0][0] == "a" else "parted by blank lines"
+    assert f"a.txt: {len(texts)} document{'s' * (len(texts) > 1)}, {way}" in capsys.readouterr().err
+    expected = [token for text in texts for token in [*text.encode(), 256]]
     assert stream(tmp_path / "o", "train") + stream(tmp_path / "o", "val") == expected
-    blocks = data.text_blocks(tmp_path / "a.txt", data.get_tokenizer("bytes"), 5)
+    bytes_tokenizer = data.get_tokenizer("bytes")
+    blocks, tokens = data.text_blocks(path, bytes_tokenizer, 5)
     whole = len(expected) // 3 * 3  # what is left over at the end makes no block
-    assert blocks[:, 1:-1].flatten().tolist() == expected[:whole]
+    assert blocks[:, 1:-1].flatten().tolist() == expected[:whole] and tokens == len(expected)
     assert (blocks[:, [0, 4]] == 256).all()
+    blocks, tokens = data.text_blocks(path, bytes_tokenizer, 999)  # too short for a whole one
+    assert blocks.tolist() == [[256, *expected, 256]] and tokens == len(expected)
+
+
+TEXTS = ["Häß und\nmehr", "世界", 'a "b"']
+PLAIN = "\n\n".join(TEXTS)
+FORMS = {  # which documents people have as what; the names of the files do not matter
+    "mark": "\ufeff" + PLAIN,
+    "windows": PLAIN.replace("\n", "\r\n"),
+    "wide": PLAIN.encode("utf-16"),
+    "gz": gzip.compress(PLAIN.encode()),
+    "xz": lzma.compress(PLAIN.encode()),
+    "json": "\n".join(json.dumps(dict(n=1, text=text)) for text in TEXTS) + "\n\n",
+}
+
+
+@pytest.mark.parametrize("form", [*FORMS, "zip", "tar"])
+def test_data_is_read_in_the_forms_that_people_have(tmp_path, form):
+    path = tmp_path / "file"
+    if form == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("folder/", "")
+            file.writestr("folder/any name", PLAIN)
+    elif form == "tar":
+        path.write_bytes(tar_of({f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)}))
+    else:
+        content = FORMS[form]
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert list(data.read_text(path)) == TEXTS
+
+
+def test_data_that_cannot_be_read_is_refused_with_a_way_out(tmp_path):
+    path = tmp_path / "file"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("one", "")
+        file.writestr("two", "")
+    for content, message in {
+        path.read_bytes(): "zip of 2 files: unpack it",
+        b"PAR1\0\0": "is a Parquet file.*JSON lines",
+        b"caf\xe9": "not UTF-8 text.*iconv",
+        "wide, no mark".encode("utf-16-le"): "NUL characters.*iconv",
+        b'{"text": "a"}\n{"text": "b': "line 2: each line of JSON must be",
+        b'{"story": "a"}': "line 1: each line of JSON must be",
+        gzip.compress(b"random " * 99)[:-9]: "damaged, cut or locked",
+    }.items():
+        path.write_bytes(content)
+        refused(message, lambda: list(data.read_text(path)))
 
 
 @pytest.mark.parametrize(
@@ -1004,10 +1089,10 @@ def test_a_text_is_framed_alike_for_training_and_for_evaluation(tmp_path, conten
         ("lm1b", "see http : / / a.com ( now ) -- 5 % !", "see http://a.com (now) -- 5%!"),
     ],
 )
-def test_detokenizers(tmp_path, name, tokenised, text):
+def test_data_detokenizers(tmp_path, name, tokenised, text):
     for content in (tokenised, text):
         (tmp_path / "a.txt").write_text(content)
-        blocks = data.text_blocks(tmp_path / "a.txt", data.get_tokenizer("bytes"), 3, name)
+        blocks, _ = data.text_blocks(tmp_path / "a.txt", data.get_tokenizer("bytes"), 3, name)
         assert blocks[:-1, 1].tolist() == [*text.encode()]
 
 
@@ -1036,69 +1121,77 @@ def archive(path, members):
     return path
 
 
-def test_all_openwebtext_layouts_give_the_same_cleaned_documents(tmp_path):
+def test_data_of_all_openwebtext_layouts_is_the_same_cleaned_documents(tmp_path):
     texts = [b" a\n\n\n\n\nb\n\nc\n", b"\n\n", "é".encode(), *texts_of(9)]
     outer = archive(tmp_path / "a.tar", [member_xz(texts[:5]), member_xz(texts[5:])])
     (tmp_path / "a.tar.xz").write_bytes(lzma.compress(outer.read_bytes()))
     raw = lzma.decompress(member_xz(texts))
     (tmp_path / "two.xz").write_bytes(lzma.compress(raw[:700]) + lzma.compress(raw[700:]))
     for name in ("a.tar", "a.tar.xz", "two.xz"):
-        documents = list(data.archive_documents(tmp_path / name))
+        documents = list(data.read_openwebtext(tmp_path / name))
         assert documents == ["a\n\nb\n\nc", "é", *(text.decode() for text in texts[3:])]
 
 
-def test_damaged_members_are_skipped_and_counted(tmp_path, capsys):
-    good, whole = member_xz([b"good"]), member_xz(texts_of(400))
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 0xFF
-    bad = [whole[: len(whole) // 2], bytes(flipped), b"not xz at all" * 99]
-    bad += [member_xz([b"\xff\xfe", b"fine"]), b""]
-    documents = list(data.archive_documents(archive(tmp_path / "a.tar", [good, *bad, good])))
-    assert documents[0] == documents[-1] == "good" and "fine" in documents
-    error = capsys.readouterr().err
-    assert error.count(", skipped") == 5 and "a.tar: 5 damaged pieces" in error
-
-
-def test_damaged_archives_are_errors_that_name_them(tmp_path):
-    path = archive(tmp_path / "bad.tar", [member_xz(texts_of(9, seed)) for seed in range(3)])
-    raw = path.read_bytes()
-    xz = lzma.compress(raw)
+def test_data_of_damaged_archives_is_refused_by_name(tmp_path):
+    members = [member_xz(texts_of(400, seed)) for seed in range(3)]
+    raw = archive(tmp_path / "bad.tar", members).read_bytes()
+    flipped = raw[:9000] + bytes([raw[9000] ^ 255]) + raw[9001:]
     bad_header = raw.replace(b"openwebtext/m1", b"\xff" * 14)
-    # The cuts are between members, in a member, and in a header.
-    cuts = [b"", raw[:2048], raw[:1324], raw[:2500], xz[:-200]]
-    for bad in (*cuts, bad_header, b"<html>404</html>" * 100, xz[:300] + bytes(50) + xz[350:]):
-        path.write_bytes(bad)
-        refused("bad.tar is damaged", lambda: list(data.archive_documents(path)))
+    for bad in (flipped, bad_header, raw[:20000], lzma.compress(raw)[:-200], b"", b"<html>404"):
+        (tmp_path / "bad.tar").write_bytes(bad)
+        message = "bad.tar is (damaged|neither)"
+        refused(message, lambda: list(data.read_openwebtext(tmp_path / "bad.tar")))
 
 
-def test_text8_is_split_by_character(tmp_path):
+def test_data_of_text8_is_split_by_character(tmp_path):
     text = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz "), 1000))
-    path, tokenizer = tmp_path / "text8.zip", data.get_tokenizer("text8")
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("text8", text + "\n")
+    path, tokenizer = tmp_path / "text8", data.get_tokenizer("text8")
+    path.write_text(text + "\n")  # the plain file is read as its zip is
     prepare(tmp_path / "o", "text8", [path], tokenizer="text8")
     ids = [stream(tmp_path / "o", split) for split in ("train", "val")]
     assert [data.decode(tokenizer, part) for part in ids] == [text[:900], text[950:]]
-    whole = path.read_bytes()
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("text8", "\n")
-    changed = whole[:60] + bytes([whole[60] ^ 255]) + whole[61:]
-    for bad in (path.read_bytes(), changed, whole[:-30], b"no zip"):
-        path.write_bytes(bad)
-        refused("text8.zip is damaged.*fetch it again", prepare, tmp_path / "p", "text8", [path])
+    for bad, message in {"": "text8 has no text", "<html>": "only a to z.*'<'"}.items():
+        path.write_text(bad)
+        refused(message, prepare, tmp_path / "p", "text8", [path])
+
+
+@pytest.mark.parametrize(
+    "lengths, val_docs, train, said",
+    [
+        ([10] * 20, 0, 180, False),
+        ([10] * 20, 3, 170, False),
+        ([60, 33, 7], 0, 93, False),  # the nearest end
+        ([5, 95], 0, 90, True),  # no end is near: in the middle of a document
+        ([2], 0, 1, True),
+    ],
+)
+def test_data_held_back_is_the_last_tenth_of_the_tokens(
+    tmp_path, capsys, lengths, val_docs, train, said
+):
+    tokens = np.arange(sum(lengths), dtype=data.TOKEN)
+    documents = np.split(tokens, np.cumsum(lengths)[:-1])
+    data.write_shard(tmp_path / "train_000.bin", documents, tmp_path / "val_000.bin", val_docs)
+    assert stream(tmp_path, "train") == tokens[:train].tolist()
+    assert stream(tmp_path, "val") == tokens[train:].tolist()
+    assert ("in the middle of one" in capsys.readouterr().err) == said
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: no handler of data.py catches it, and nothing is cleaned up after it."""
 
 
-def test_killed_at_any_rename_the_second_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
+def test_data_killed_at_any_rename_ends_with_the_same_bytes_when_repeated(tmp_path, monkeypatch):
     """And it reads no file again that has its shard."""
     texts, real, read = texts_of(40), os.replace, []
-    members = [member_xz(texts[:15]), member_xz(texts[15:])[:-60], member_xz([b"\xff", *texts])]
+    members = [member_xz(texts[:15]), member_xz(texts[15:])]
     paths = [archive(tmp_path / f"{name}.tar", members) for name in "abc"]
     prepare(tmp_path / "whole", "openwebtext", paths, val_docs=7)
-    for point in range(5):  # meta.json, three files of training tokens and the validation shard
+
+    def recorded(path):
+        read.append(path)
+        return data.read_openwebtext(path)
+
+    for point in range(5):  # meta.json, two files, the validation shard and the last file
         out, calls = tmp_path / f"killed{point}", itertools.count()
 
         def replace(source, target, calls=calls, point=point):
@@ -1109,55 +1202,66 @@ def test_killed_at_any_rename_the_second_run_ends_with_the_same_bytes(tmp_path, 
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(data.os, "replace", replace)
             prepare(out, "openwebtext", paths, val_docs=7)
-        refused("is missing|no tokens", data.Blocks, out, "val", 10)
-        recorded = lambda path: (read.append(path), data.archive_documents(path))[1]
+        refused("is missing|no train tokens", data.Blocks, out, "train", 10)
         prepare(out, "openwebtext", paths, val_docs=7, read=recorded)
         assert contents(out) == contents(tmp_path / "whole"), point
         assert read == paths[[0, 0, 1, 2, 2][point] :], point
         read.clear()
-    Path(out / "train_001.bin").unlink()  # what is lost later is made again, and nothing else
+    os.truncate(out / "train_001.bin", 1500)  # what is damaged later is made again, nothing else
     prepare(out, "openwebtext", paths, val_docs=7, read=recorded)
     assert contents(out) == contents(tmp_path / "whole") and read == paths[1:2]
 
 
-def test_other_settings_or_sources_are_refused_and_nothing_is_deleted(tmp_path):
-    paths, out = [tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "o"
-    for path in paths:
-        path.write_text("\n\n".join(path.name * 90))
+def test_data_of_other_settings_is_refused_and_of_a_mistake_mended(tmp_path):
+    good, bad, out = tmp_path / "good.txt", tmp_path / "bad.txt", tmp_path / "o"
+    good.write_text(PLAIN)
+    bad.write_bytes(b"caf\xe9")
     out.mkdir()
     (out / "train_mine.bin.tmp").write_bytes(b"precious")
-    good = dict(files=paths[:1], val_docs=5)
-    refused("lower --val_docs", prepare, out, "text", **good | dict(val_docs=9999))
-    prepare(out, "text", **good)  # before the first shard a mistake can be mended
+    refused("bad.txt is not UTF-8", prepare, out, "text", [good, bad])
+    refused("another source", prepare, out, "text", [bad, good])  # no longer what was finished
+    refused("another source", prepare, out, "text", [good, bad], tokenizer="toy")
+    shutil.copytree(out, tmp_path / "fewer")
+    prepare(tmp_path / "fewer", "text", [good])  # the bad one left out
+    prepare(tmp_path / "one", "text", [good])
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "fewer" / path.name).read_bytes()
+    finished = (out / "train_000.bin").stat().st_mtime_ns
+    bad.write_text("mended")
+    refused("1 documents, none left.*--val_docs", prepare, out, "text", [good, bad], val_docs=1)
+    prepare(out, "text", [good, bad])
+    assert (out / "train_000.bin").stat().st_mtime_ns == finished
     before = contents(out)
-    assert before["train_mine.bin.tmp"] == b"precious"
-    for change in (dict(val_docs=6), dict(tokenizer="toy"), dict(files=paths)):
-        refused("holds shards of another", prepare, out, "text", **good | change)
-    paths[0].write_text(paths[0].read_text().upper())  # of the same name and size
-    refused("holds shards of another", prepare, out, "text", **good)
+    prepare(tmp_path / "at once", "text", [good, bad])
+    mine = {"train_mine.bin.tmp": b"precious"}
+    assert before == contents(tmp_path / "at once") | mine
+    for change in (dict(val_docs=6), dict(tokenizer="toy"), dict(files=[good])):
+        refused("another source", prepare, out, "text", **dict(files=[good, bad]) | change)
+    good.write_text(PLAIN.upper())  # of the same name and size
+    refused("another source", prepare, out, "text", [good, bad])
     assert contents(out) == before
 
 
-def test_openwebtext_downloads_one_archive_at_a_time(tmp_path, monkeypatch):
-    out, seen, real = tmp_path / "o", [], torch.hub.download_url_to_file
+def test_data_is_downloaded_file_by_file_and_again_if_damaged(tmp_path, monkeypatch):
+    out, seen, real = tmp_path / "o", [], urllib.request.urlopen
     out.mkdir()
     (out / "s1.tar").write_text("the user's own")
     paths = [archive(tmp_path / f"s{i}.tar", [member_xz(texts_of(20, i))]) for i in range(2)]
     prepare(tmp_path / "local", "openwebtext", paths, val_docs=3)
-    urls = [path.as_uri() for path in paths]  # file:// needs no server
+    urls, whole = [path.as_uri() for path in paths], paths[1].read_bytes()  # file:// has no server
 
-    def fetch(url, path, **more):
+    def fetch(url, *more):
         seen.append(sorted(path.name for path in out.glob("*.*n")))
+        answer = real(url, *more)
         if len(seen) == 2:
-            raise ConnectionResetError("reset\nby peer")
-        real(url, path, **more)
-        if len(seen) == 3:
-            os.truncate(path, 1000)  # a lost connection
+            answer.headers.replace_header("Content-Length", "9999999")  # more than will arrive
+        return answer
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    refused("s1.tar: reset; run again", prepare, out, "openwebtext", urls, val_docs=3)
-    refused("s1.tar is damaged.*delete it", prepare, out, "openwebtext", urls, val_docs=3)
-    (out / "download_s1.tar").unlink()
+    monkeypatch.setattr(urllib.request, "urlopen", fetch)
+    refused("s1.tar.*got only.*run again", prepare, out, "openwebtext", urls, val_docs=3)
+    paths[1].write_bytes(whole[:1000])
+    refused("damaged.*run again to fetch it again", prepare, out, "openwebtext", urls, val_docs=3)
+    paths[1].write_bytes(whole)
     prepare(out, "openwebtext", urls, val_docs=3)
     assert seen == [["meta.json"]] + [["meta.json", "train_000.bin"]] * 3
     prepare(out, "openwebtext", urls, val_docs=3)  # complete: the network is not asked
@@ -1166,66 +1270,100 @@ def test_openwebtext_downloads_one_archive_at_a_time(tmp_path, monkeypatch):
     assert len(seen) == 4 and made | {"meta.json": b""} == local | {"meta.json": b""}
 
 
-def test_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys):
+def test_data_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name, content in {"two": b"one\n\ntwo\n", "empty": b"", "latin": b"caf\xe9\n\nx\n"}.items():
-        Path(f"{name}.txt").write_bytes(content)
+    Path("two.txt").write_text("one\n\ntwo\n")
+    Path("empty.txt").touch()
     for precious in map(Path, ("foreign/train_000000.bin", "other/meta.json")):
         precious.parent.mkdir()
         precious.write_bytes(b"precious")
     for command, message in {
         "--val_doc 3": "--val_doc",
-        "toy --val_docs 3": "--out alone can be chosen, not val_docs",
-        "toy two.txt": "--out alone can be chosen, not files",
-        "nowhere.txt": "no such file: nowhere.txt",
-        f"two.txt --tokenizer bytes --val_docs {10**20}": "2 documents, none left",
-        "two.txt --tokenizer bytes --val_docs -1": "at least 0",
-        "two.txt --tokenizer toy": "no word 'one'",
-        "empty.txt --tokenizer bytes": "0 documents",
-        "latin.txt --tokenizer bytes": "latin.txt is not UTF-8",
-        "openwebtext two.txt --tokenizer bytes": "two.txt is damaged",
+        "toy two.txt --val_docs 3": "leave out files, val_docs",
+        "foreign": "'foreign' is a folder or a pipe",
+        "two.txt --tokenizer toy": "two.txt, document 1: the toy tokenizer has no word 'one'",
+        "empty.txt --tokenizer bytes": "empty.txt has no text",
+        "two.txt --tokenizer bytes --out two.txt": "two.txt is a file: choose another --out",
         "two.txt --tokenizer bytes --out foreign": "another source",
-        "two.txt --tokenizer bytes --out other": "meta.json is damaged or not ours",
+        "two.txt --tokenizer bytes --out other": "meta.json is damaged or not made by data.py",
     }.items():
         with pytest.raises(SystemExit) as stopped:
-            data.run("data.py", partial(data.main, command.split()))
+            data.run(partial(data.main, command.split()))
         lines = re.split(r"[\r\n]+", capsys.readouterr().err)
-        error = [line for line in lines if line and not re.search(r"documents? \[|/s\]", line)]
-        assert stopped.value.code == 2 and len(error) == 1, (command, error)
-        assert error[0].startswith("data.py: error: ") and message in error[0], (command, error)
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert stopped.value.code == 2 and len(errors) == 1 and errors[0] == lines[-2], command
+        assert message in errors[0], command
     assert contents("foreign") == {"train_000000.bin": b"precious"}
     assert contents("other") == {"meta.json": b"precious"}
+    assert Path("two.txt").read_text() == "one\n\ntwo\n"
 
 
-def test_command_line_makes_data_and_never_makes_it_again(tmp_path, monkeypatch, capsys):
+def test_data_command_line_makes_data_and_never_makes_it_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("mine.txt").write_text("\n\n".join("abcdefghijklmnopqrst"))
+    Path("my text.txt").write_text("\n\n".join("abcdefghijklmnopqrst"))
     made = []
     for _ in range(2):
         data.main([])
-        data.main(["mine.txt", "--tokenizer", "bytes"])
+        data.main(["my text.txt", "--tokenizer", "bytes"])
         made.append({path: path.stat().st_mtime_ns for path in Path("data").rglob("*")})
     assert made[0] == made[1]
     shown = capsys.readouterr().out
     assert "380,000 toy tokens to train" in shown and "36 bytes tokens to train" in shown
-    assert "next: python train.py --data data/mine --block_size" in shown
+    assert "next: python train.py --data 'data/my text' --block_size" in shown
+    assert "lopsided" not in shown
+    data.main(["my text.txt", "--tokenizer", "bytes", "--val_docs", "19", "--out", "most"])
+    assert "lopsided" in capsys.readouterr().out
 
 
-def test_too_large_is_one_line_and_a_fault_of_the_program_is_not_hidden(capsys):
-    def fail():
-        raise error
+def test_data_run_turns_mistakes_into_a_line_and_hides_no_fault(tmp_path, monkeypatch, capsys):
+    def fail(error):
+        def main():
+            raise error
 
-    allocator = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-    for error in (MemoryError(), allocator, torch.OutOfMemoryError("CUDA\nout of memory")):
-        with pytest.raises(SystemExit, match="2"):
-            data.run("x.py", fail)
-        assert re.fullmatch(r"x.py: error: out of memory, or .*\n", capsys.readouterr().err)
-    error = RuntimeError("shapes do not match")
-    pytest.raises(RuntimeError, data.run, "x.py", fail)
+        with pytest.raises(SystemExit) as stopped:
+            data.run(main)
+        return stopped.value.code, capsys.readouterr().err
+
+    assert fail(ValueError("many\n  lines")) == (2, "error: many lines\n")
+    assert fail(PermissionError(13, "no", "a/b")) == (2, "error: no: a/b\n")
+    assert fail(KeyboardInterrupt()) == (130, "\ninterrupted\n")
+    with pytest.raises(RuntimeError, match="shapes"):
+        fail(RuntimeError("shapes do not match"))
+    with pytest.raises(ValueError, match="--nothing"):
+        data.Parser("A script.").parse_args(["--nothing"])
+
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    data.run(partial(print, "é кот"))
+    assert terminal.buffer.getvalue() == "é ???\n".encode("cp1252")
+
+    read, write = os.pipe()
+    os.close(read)  # as `head` does when it has seen enough
+    monkeypatch.setattr(sys, "stdout", open(write, "w"))
+    with pytest.raises(SystemExit, match="141"):
+        data.run(partial(print, "to nobody"))
+    sys.stdout.close()
+
+
+def test_data_json_is_replaced_whole_and_devices_never(tmp_path, monkeypatch):
+    path, link = tmp_path / "new" / "a.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    data.write_json(link, [1])
+    assert json.loads(path.read_text()) == [1] and link.is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    data.write_json(tmp_path / "pipe", [2])
+    assert os.read(pipe, 99) == b"[\n  2\n]"
+    written, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (written.append(old), real(old, new)))
+    for process in (1, 2):  # two at once
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        data.write_json(path, process)
+    assert len(set(written)) == 2 and list(contents(path.parent)) == ["a.json"]
 
 
 @pytest.mark.parametrize("terminal, low, high", [(True, 50_000, 1e9), (False, 1, 20_000)])
-def test_progress_writes_little_into_a_log(monkeypatch, terminal, low, high):
+def test_data_progress_writes_little_into_a_log(monkeypatch, terminal, low, high):
     log = io.StringIO()
     log.isatty = lambda: terminal
     monkeypatch.setattr(sys, "stderr", log)
