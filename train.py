@@ -31,6 +31,10 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+# A thread that has nothing to do sleeps. By default it spins, and where another program wants the
+# same core that made a step up to 20 times slower. It must be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -285,7 +289,7 @@ def learning_rate(s: Settings, stage: str, step: int) -> float:
     return peak * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-# ------------ 3. A stage: begun or resumed, a step, a validation, saved ---------------------------
+# ------------ 3. A stage: begun or resumed, stepped, validated, saved -----------------------------
 
 
 @dataclass
@@ -293,14 +297,15 @@ class Run:
     """What one stage trains, as far as it has come."""
 
     stage: str
+    last: int  # the number of its last step
     model: torch.nn.Module
     average: torch.nn.Module  # of its weights: what is validated, saved and sampled from
     denoiser: torch.nn.Module | None  # frozen, for the energy stage
     optimizers: list
     facts: dict  # what the weights belong to, saved beside them
+    net: torch.nn.Module  # the model, or what shares it with the other processes
     step: int = 0
     log_bytes: int = 0  # length of the log at that step
-    net: torch.nn.Module | None = None  # the model as training calls it: one of several processes
 
     def loss(self, net, x0: torch.Tensor) -> torch.Tensor:
         return training_loss(self.stage, net, self.denoiser, x0, self.model.config.mask_id)
@@ -311,34 +316,29 @@ def begin(args, s: Settings, stage: str, blocks: data.Blocks, device) -> Run:
 
     Raises ValueError if the data, the settings and the checkpoints do not belong together.
     """
-    config = edlm.Config(
-        blocks.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, dropout=s.dropout
-    )
+    shape = (s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
+    config = edlm.Config(blocks.vocab_size, *shape)
     facts = dict(tokenizer=blocks.tokenizer)
     torch.manual_seed(s.seed)
     denoiser = None
     if stage == "energy":
         path = checkpoint_path(args.out, "denoiser")
         denoiser, content = edlm.load_checkpoint(path, device)
-        check_same(path, content | asdict(denoiser.config), asdict(config) | facts)
+        check_same(path, content | asdict(denoiser.config), facts | asdict(config))
         denoiser.requires_grad_(False)
         facts["denoiser"] = edlm.fingerprint(denoiser)
         model = edlm.NCEResidual.from_denoiser(denoiser).to(device)
     else:
         model = edlm.KINDS[stage](config).to(device)
+    facts["corpus"] = [len(blocks), *blocks.meta["source"]]
+    facts["optimizer"] = s.optimizer
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    run = Run(stage, model, average, denoiser, make_optimizers(model, s), facts, net=model)
+    last = getattr(s, f"{stage}_steps")
+    optimizers = make_optimizers(model, s)
+    run = Run(stage, last, model, average, denoiser, optimizers, facts, net=model)
     path = checkpoint_path(args.out, stage)
     if args.resume and path.exists():
-        saved, content = edlm.load_checkpoint(path)
-        check_same(path, content | asdict(saved.config), asdict(config) | facts)
-        average.load_state_dict(saved.state_dict())
-        model.load_state_dict(saved.state_dict())
-    facts["optimizer"] = s.optimizer
-    facts["corpus"] = [len(blocks), *blocks.meta["source"]]
-    if args.resume and path.exists() and "training" in content:  # else it was imported
-        check_same(path, content, facts)
-        restore(run, content["training"])
+        restore(run, path)
     return run
 
 
@@ -350,14 +350,24 @@ def check_same(path, have: dict, want: dict) -> None:
             raise ValueError(f"{had}: take that, or train anew with --overwrite")
 
 
-def restore(run: Run, saved: dict) -> None:
+def restore(run: Run, path: Path) -> None:
     """Puts weights, optimisers and counts back to where the checkpoint was written."""
-    run.model.load_state_dict(saved["model"])
-    for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
-        # weight decay and betas come from the settings, which may have been typed anew
+    saved, content = edlm.load_checkpoint(path)
+    # published weights come without corpus and optimiser: any will do
+    check_same(
+        path, run.facts | content | asdict(saved.config), run.facts | asdict(run.model.config)
+    )
+    run.average.load_state_dict(saved.state_dict())
+    run.model.load_state_dict(saved.state_dict())
+    if "training" not in content:
+        return
+    training = content["training"]
+    run.model.load_state_dict(training["model"])
+    for optimizer, state in zip(run.optimizers, training["optimizers"], strict=True):
+        # weight decay and betas come from the settings: they may have been typed anew
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
-    run.step, run.log_bytes = saved["step"], saved["log_bytes"]
+    run.step, run.log_bytes = training["step"], training["log_bytes"]
 
 
 def save(run: Run, path: Path, log) -> None:
@@ -376,39 +386,38 @@ def save(run: Run, path: Path, log) -> None:
 def train_step(run: Run, s: Settings, micro_batches: list) -> tuple[torch.Tensor, torch.Tensor]:
     """One update of the weights and of their average: (loss, gradient norm before clipping).
 
-    Each micro-batch is Long[B, L]. The loss is a mean over those of this process.
+    A micro-batch is Long[B, L]. The loss is the mean over those of this process.
     """
     rank, world = processes()
-    total = torch.zeros((), device=micro_batches[0].device)
+    mean = torch.zeros((), device=micro_batches[0].device)
     for i, x0 in enumerate(micro_batches):
         stream = (s.seed, run.step, i * world + rank)
         torch.manual_seed(hash(stream) % 2**63)  # integers hash alike in every process
         # several processes add up their gradients once a step, in the last backward pass
-        last = world == 1 or i == len(micro_batches) - 1
-        with contextlib.nullcontext() if last else run.net.no_sync():
+        adds_up = world == 1 or i == len(micro_batches) - 1
+        with contextlib.nullcontext() if adds_up else run.net.no_sync():
             with edlm.autocast(x0.device):
                 loss = run.loss(run.net, x0) / len(micro_batches)
             loss.backward()
-        total += loss.detach()
+        mean += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, run.stage, run.step)
         optimizer.step()
         optimizer.zero_grad()
-    update_average(run, s)
+    update_average(run, s.ema)
     run.step += 1
-    return total, norm
+    return mean, norm
 
 
 @torch.no_grad()
-def update_average(run: Run, s: Settings) -> None:
+def update_average(run: Run, decay: float) -> None:
     """Moves the averaged weights a little towards the new ones."""
     # the decay rises from 0: else the average of a short run would keep its random start
-    decay = min(s.ema, run.step / (9 + run.step))
-    pairs = zip(run.average.parameters(), run.model.parameters(), strict=True)
-    for average, weight in pairs:
-        average.lerp_(weight, 1 - decay)
+    decay = min(decay, run.step / (9 + run.step))
+    for average, new in zip(run.average.parameters(), run.model.parameters(), strict=True):
+        average.lerp_(new, 1 - decay)
 
 
 @torch.no_grad()
@@ -429,51 +438,68 @@ def validate(run: Run, s: Settings, held_out: data.Blocks, device) -> float:
 
 def train_stage(args, s: Settings, stage: str, device, caught: list) -> bool:
     """Trains one stage to its last step. True if it got there, False if a signal stopped it."""
-    rank, world = processes()
     blocks = data.Blocks(s.data, "train", s.block_size)
     held_out = data.Blocks(s.data, "val", s.block_size)
-    run, last = begin(args, s, stage, blocks, device), getattr(s, f"{stage}_steps")
-    if run.step >= last:
+    run = begin(args, s, stage, blocks, device)
+    if run.step >= run.last:
         return True
     check_energy(args, run)
-    micro_batch = min(s.micro_batch, max(1, s.batch_size // world))
-    place = dict(seed=s.seed, rank=rank, world=world, start_step=run.step)
-    order = data.BatchOrder(len(blocks), s.batch_size, micro_batch, **place)
-    loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=device.type == "cuda"))
+    batches = read_batches(run, s, blocks, device)
     prepare_networks(run, s, device)
-    if rank == 0:
+    if processes()[0] == 0:
         claim_folder(args, s, stage)
-    log = open(Path(args.out, f"{stage}.jsonl") if rank == 0 else os.devnull, "a")
-    if rank == 0:
+        log = open(Path(args.out, f"{stage}.jsonl"), "a")
         log.truncate(min(run.log_bytes, log.tell()))  # it goes no further than the checkpoint
-    bar = data.progress(
-        total=last, initial=run.step, desc=f"{stage:8}", unit="step", disable=rank > 0
-    )
-    shown, stopped, since = {}, False, (run.step, time.perf_counter())
-    with log, bar:
-        while run.step < last and not stopped:
-            count = s.batch_size // (micro_batch * world)
-            micro_batches = [next(loader).to(device, non_blocking=True) for _ in range(count)]
+    else:
+        log = open(os.devnull, "a")
+    with log:
+        train_loop(run, s, batches, held_out, log, checkpoint_path(args.out, stage), caught)
+    return run.step == run.last
+
+
+def train_loop(run: Run, s: Settings, batches, held_out, log, path: Path, caught: list) -> None:
+    """Steps, rows of the log, validations and checkpoints, until the last step or a signal."""
+    rank, world = processes()
+    shown, since = {}, (run.step, time.perf_counter())
+    form = dict(total=run.last, initial=run.step, desc=f"{run.stage:8}", unit="step")
+    with data.progress(disable=rank > 0, **form) as bar:
+        for micro_batches in batches:
             loss, norm = train_step(run, s, micro_batches)
             bar.update()
-            saving = run.step % s.save_every == 0 or run.step == last
-            stopped = bool(caught) and world == 1  # several processes agree at the next row
-            if not (saving or stopped or run.step % s.log_every == 0):
+            saving = run.step % s.save_every == 0 or run.step == run.last
+            stopping = bool(caught) and world == 1  # several processes agree at the next row
+            if not (saving or stopping or run.step % s.log_every == 0):
                 continue
-            stopped, row = make_row(run, s, loss, norm, caught, since)
+            loss, stopping = over_processes(loss, caught)
+            row = make_row(run, s, loss, norm.item(), since)
             log.write(json.dumps(row) + "\n")
-            shown |= dict(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_second']:,}")
-            if device.type == "cuda":
+            shown |= dict(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_second']:,}")
+            if norm.is_cuda:
                 shown["mem"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"
             if rank == 0 and saving:
-                val_loss = validate(run, s, held_out, device)
+                val_loss = validate(run, s, held_out, norm.device)
                 log.write(json.dumps(dict(step=run.step, val_loss=val_loss)) + "\n")
                 shown["val"] = f"{val_loss:.3f}"
             bar.set_postfix(shown, refresh=False)
-            if rank == 0 and (saving or stopped):
-                save(run, checkpoint_path(args.out, stage), log)
-            since = (run.step, time.perf_counter())  # validation is not counted as training
-    return run.step == last
+            if rank == 0 and (saving or stopping):
+                save(run, path, log)
+            if stopping:
+                return
+            since = (run.step, time.perf_counter())  # the speed is that of training alone
+
+
+def read_batches(run: Run, s: Settings, blocks: data.Blocks, device):
+    """An iterator over the steps left to do: this process's micro-batches, a list of Long[B, L]."""
+    rank, world = processes()
+    size = min(s.micro_batch, max(1, s.batch_size // world))
+    place = dict(rank=rank, world=world, start_step=run.step)
+    order = data.BatchOrder(len(blocks), s.batch_size, size, seed=s.seed, **place)
+    loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=device.type == "cuda"))
+    count = s.batch_size // (size * world)
+    return (
+        [next(loader).to(device, non_blocking=True) for _ in range(count)]
+        for _ in range(run.step, run.last)
+    )
 
 
 def check_energy(args, run: Run) -> None:
@@ -489,10 +515,10 @@ def prepare_networks(run: Run, s: Settings, device) -> None:
     """Compiles the blocks if that is wanted, and lets several processes share the model."""
     run.model.train()
     if s.compile == "yes" or (s.compile == "cuda" and device.type == "cuda"):
-        print("compiling the blocks takes a minute, in the first step")
-        for network in (run.model, run.denoiser):
-            for block in network.transformer.blocks if network else ():
-                block.compile(dynamic=False)  # shapes never change inside the transformer
+        print("the first step takes a minute: the blocks are compiled")
+        for network in filter(None, (run.model, run.denoiser)):
+            for block in network.transformer.blocks:
+                block.compile(dynamic=False)  # the sizes in a block never change
     if processes()[1] > 1:
         run.net = DistributedDataParallel(run.model, broadcast_buffers=False)
 
@@ -507,27 +533,30 @@ def claim_folder(args, s: Settings, stage: str) -> None:
     data.write_json(Path(args.out, "settings.json"), asdict(s))
 
 
-def make_row(run: Run, s: Settings, loss, norm, caught: list, since: tuple) -> tuple[bool, dict]:
-    """(Has any process caught a signal, a row of the log). Raises ValueError if the run diverged."""
-    _, world = processes()
-    sums = torch.stack((loss / world, loss.new_tensor(len(caught))))
-    if world > 1:
-        dist.all_reduce(sums)  # so all processes stop after the same step
-    mean, signals = sums.tolist()
-    if not math.isfinite(mean + norm):  # a bad gradient is in the weights already
-        what = f"loss {mean:g}, gradient norm {norm:g} at step {run.step}"
+def over_processes(loss: torch.Tensor, caught: list) -> tuple[float, bool]:
+    """(the mean loss, whether one was told to stop): so all of them stop after the same step."""
+    sums = torch.stack((loss, loss.new_tensor(len(caught))))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss_sum, signals = sums.tolist()
+    return loss_sum / processes()[1], signals > 0
+
+
+def make_row(run: Run, s: Settings, loss: float, norm: float, since: tuple) -> dict:
+    """A row of the log; since: a step and its time. Raises ValueError if the run has diverged."""
+    if not math.isfinite(loss + norm):  # a bad gradient is in the weights already
+        what = f"loss {loss:g}, gradient norm {norm:g} at step {run.step}"
         raise ValueError(f"{run.stage}: {what}; the last checkpoint is kept: lower --lr")
-    tokens = s.batch_size * s.block_size
-    seconds = time.perf_counter() - since[1]
-    row = dict(
+    step, begun = since
+    tokens = s.batch_size * s.block_size  # of a step
+    return dict(
         step=run.step,
         tokens=run.step * tokens,
-        loss=mean,
+        loss=loss,
         lr=learning_rate(s, run.stage, run.step - 1),
-        grad_norm=float(norm),
-        tokens_per_second=round((run.step - since[0]) * tokens / seconds),
+        grad_norm=norm,
+        tokens_per_second=round((run.step - step) * tokens / (time.perf_counter() - begun)),
     )
-    return signals > 0, row
 
 
 # ------------ 5. All stages, one process or many --------------------------------------------------
@@ -578,14 +607,8 @@ def caught_signals():
 
 
 def train(args, s: Settings) -> None:
-    """All asked-for stages in order, then the table. Never overwrites a run unless told to."""
-    stages = []
-    for stage in asked_stages(args):
-        path = checkpoint_path(args.out, stage)
-        if path.exists() and not (args.resume or args.overwrite):
-            raise ValueError(f"{path} exists: --resume, --overwrite, or another --out")
-        if not (args.resume and args.stage == "all" and is_imported(path)):
-            stages.append(stage)
+    """All asked-for stages in order, then the table."""
+    stages = stages_to_do(args)
     device = start_processes(args.device)
     rank, world = processes()
     if rank == 0:
@@ -600,8 +623,8 @@ def train(args, s: Settings) -> None:
             barrier()  # rank 0 has saved: now the next stage may read it
     if rank == 0 and finished:
         print_table(args.out, s)
-    barrier()  # nobody leaves before rank 0: torch would end the others
     if world > 1:
+        barrier()  # nobody leaves before rank 0: torch would end the others
         dist.destroy_process_group()
     if not finished:
         if rank == 0:
@@ -610,9 +633,22 @@ def train(args, s: Settings) -> None:
         raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
 
 
-def is_imported(path: Path) -> bool:
-    """Whether it is a checkpoint of published weights: finished, unless its stage is asked for."""
-    return path.exists() and "training" not in edlm.load_checkpoint(path)[1]
+def stages_to_do(args) -> list[str]:
+    """The stages that this command trains. Raises ValueError if it would overwrite one untold.
+
+    Published weights count as a finished stage, unless their stage is asked for by its name.
+    """
+    stages = []
+    for stage in asked_stages(args):
+        path = checkpoint_path(args.out, stage)
+        if path.exists() and not (args.resume or args.overwrite):
+            raise ValueError(f"{path} exists: --resume, --overwrite, or another --out")
+        if path.exists() and args.resume and args.stage == "all":
+            _, content = edlm.load_checkpoint(path)
+            if "training" not in content:
+                continue
+        stages.append(stage)
+    return stages
 
 
 def print_table(out: str, s: Settings) -> None:
