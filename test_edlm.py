@@ -10,6 +10,7 @@
 
 import argparse
 import contextlib
+import copy
 import gzip
 import io
 import itertools
@@ -2377,61 +2378,101 @@ def measure_sampling(config, device, batch, steps, k):
     return rows
 
 
-def our_loss(denoiser, x0):
-    """The loss as train.py has it, nats per token."""
-    return edlm.nelbo(denoiser, x0, mask_id=denoiser.config.mask_id).mean() / (x0.shape[1] - 1)
-
-
-def plain_loss(denoiser, x0):
-    """The same for the same masks, but every position is projected onto the vocabulary."""
+def plain_loss(stage, net, denoiser, x0, mask_id):
+    """`train.training_loss` for the same masks, with logits of all positions and all at once."""
+    if stage == "ar":
+        logits = net.head(net.transformer(net.transformer.embed(x0[:, :-1]))).float()
+        return F.cross_entropy(logits.flatten(0, 1), x0[:, 1:].flatten())
     S, _, _ = edlm.draw_step(x0)
-    x_t = x0.masked_fill(S, denoiser.config.mask_id)
-    logits = denoiser(x_t, torch.ones_like(S)).float()  # [B L, V]
-    loss = F.cross_entropy(logits, x0.flatten(), reduction="none").view_as(x0)
-    return ((loss * S).sum(dim=1) / S.sum(dim=1)).mean()
+    x_t = x0.masked_fill(S, mask_id)
+    everywhere = torch.ones_like(S)
+    if stage == "denoiser":
+        loss = F.cross_entropy(net(x_t, everywhere).float(), x0.flatten(), reduction="none")
+        return ((loss.view_as(x0) * S).sum(dim=1) / S.sum(dim=1)).mean()
+    with torch.no_grad():
+        log_mu = denoiser(x_t, everywhere).float().log_softmax(dim=1)  # [B L, V]
+        gumbel = -torch.log(-torch.log(torch.rand_like(log_mu)))
+        drawn = (log_mu + gumbel).argmax(dim=1).view_as(x0)
+    fake = torch.where(S, drawn.clamp(max=mask_id - 1), x0)
+    e_real, e_fake = (net(x[:, None], x_t, None)[:, 0] for x in (x0, fake))
+    return (F.softplus(e_real) + F.softplus(-e_fake)).mean()
 
 
-def train_step(denoiser, loss, optimizer, x0):
-    """Forward, backward, clip, update."""
+def plain_step(stage, net, denoiser, optimizer, x0):
+    """Forward, backward, clip, update, with torch's defaults."""
     with edlm.autocast(x0.device):
-        value = loss(denoiser, x0)
-    value.backward()
-    torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        loss = plain_loss(stage, net, denoiser, x0, net.config.mask_id)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
-def measure_training(config, device, batch):
-    """A denoiser step as train.py does it beside a plain step with torch's defaults: rows."""
-    x0 = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
-    d, rows, on_gpu = config.n_embd, [], device.type == "cuda"
-    # a token's operations: four matrices and attention a block, logits of the masked half; backward
-    # costs twice the forward pass
-    flops = config.n_layer * (24 * d * d + 4 * config.block_size * d) + d * config.vocab_size
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (2048, torch.float32)
+def optimizer_steps(run):
+    for optimizer in run.optimizers:
+        optimizer.step()
+
+
+def new_run(stage, config, settings, device):
+    """A stage as `train.begin` makes it, with random weights, and no files."""
+    torch.manual_seed(0)
+    net, denoiser = edlm.KINDS[stage](config).to(device), None
+    if stage == "energy":
+        denoiser = edlm.Denoiser(config).to(device).eval().requires_grad_(False)
+    average = copy.deepcopy(net).eval().requires_grad_(False)
+    optimizers = train.make_optimizers(net, settings)
+    return train.Run(stage, 10**6, net, average, denoiser, optimizers, {}, net)
+
+
+def forward_flops(stage, config):
+    """Operations of a token: (with a backward pass, which costs twice as much, and without)."""
+    d = config.n_embd
+    blocks = config.n_layer * (24 * d * d + 4 * config.block_size * d)
+    logits = 2 * d * config.vocab_size
+    if stage == "ar":
+        return blocks + logits, 0
+    denoiser = blocks + logits / 2  # half of the positions are masked
+    return (denoiser, 0) if stage == "denoiser" else (2 * blocks, denoiser)
+
+
+def matmul_rate(device):
+    """Operations a second of a large matrix product."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    rate = 2 * size**3 / timed(lambda: a @ b, device, repeats=5)[0]
-    for name in ("plain step", "this project") + ("compiled",) * on_gpu:
-        torch.manual_seed(0)
-        denoiser, plain = edlm.Denoiser(config).to(device), name == "plain step"
-        optimizer = torch.optim.AdamW(denoiser.parameters(), lr=3e-4, fused=None if plain else True)
-        if name == "compiled":
-            denoiser.transformer.compile(dynamic=False)
-        step = partial(train_step, denoiser, plain_loss if plain else our_loss, optimizer, x0)
-        step()
-        seconds, peak, _ = timed(step, device, repeats=5)
-        ratio = rows[0]["seconds"] / seconds if rows else 1.0
-        row = dict(name=f"{name}, batch {batch}", seconds=seconds, ratio=ratio)
+    return 2 * size**3 / timed(partial(torch.matmul, a, b), device, repeats=5)[0]
+
+
+def measure_training(config, device, batch, optimizer, compile):
+    """A step of each stage as train.py makes it, beside a plain one: rows."""
+    settings = train.Settings(optimizer=optimizer, compile=compile)
+    x0 = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
+    rate, rows = matmul_rate(device), []
+    for stage in train.STAGES:
+        run = new_run(stage, config, settings, device)
+        adamw = torch.optim.AdamW(run.model.parameters(), lr=3e-4)
+        plain = partial(plain_step, stage, run.model, run.denoiser, adamw, x0)
+        plain()
+        plain_seconds, plain_peak, _ = timed(plain, device, repeats=5)
+        run = new_run(stage, config, settings, device)
+        train.prepare_networks(run, settings, device)
+        ours = partial(train.train_step, run, settings, [x0])
+        ours()
+        seconds, peak, _ = timed(ours, device, repeats=5)
+        run.loss(run.model, x0).backward()  # gradients for the optimisers to step on
+        optimizer_seconds, _, _ = timed(partial(optimizer_steps, run), device, repeats=5)
+        trained, frozen = forward_flops(stage, config)
+        row = dict(name=f"{stage}, batch {batch}", seconds=seconds, plain=plain_seconds)
+        row |= dict(ratio=plain_seconds / seconds, optimizer_share=optimizer_seconds / seconds)
         row |= dict(tokens_per_s=x0.numel() / seconds)
-        row |= dict(of_matmul=3 * flops * row["tokens_per_s"] / rate)
-        rows.append(row | (dict(peak_gib=peak) if peak else {}))
+        row |= dict(of_matmul=(3 * trained + frozen) * x0.numel() / seconds / rate)
+        rows.append(row | (dict(peak_gib=peak, plain_gib=plain_peak) if peak else {}))
     return rows
 
 
 def print_table(title, rows):
-    print(f"\n{title}\n{'':24}" + "".join(f"{column:>13}" for column in list(rows[0])[1:]))
+    print(f"\n{title}\n{'':24}" + "".join(f"{column:>16}" for column in list(rows[0])[1:]))
     for name, *values in (row.values() for row in rows):
-        print(f"{name:24}" + "".join(f"{value:>13,.4g}" for value in values), flush=True)
+        print(f"{name:24}" + "".join(f"{value:>16,.4g}" for value in values), flush=True)
 
 
 def test_measurements_at_a_tiny_size(monkeypatch, capsys):
@@ -2439,31 +2480,50 @@ def test_measurements_at_a_tiny_size(monkeypatch, capsys):
     tiny = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=30)
     monkeypatch.setitem(SHAPES, "small", tiny)
     sampling, training = main(["--batch", "1,2", "--device", "cpu", "--steps", "4"])
-    names = [f"{name}, batch {batch}" for batch in (1, 2) for name in ("MDLM", "EDLM-AR")]
-    assert [row["name"] for row in sampling] == names and len(training) == 4
-    for row in sampling:
+    sampled = [f"{name}, batch {batch}" for batch in (1, 2) for name in ("MDLM", "EDLM-AR")]
+    trained = [f"{stage}, batch {batch}" for batch in (1, 2) for stage in train.STAGES]
+    assert [row["name"] for row in sampling] == sampled
+    assert [row["name"] for row in training] == trained
+    for row in sampling + training:
         assert row["ratio"] == pytest.approx(row["plain"] / row["seconds"])
+    for row in sampling:
         assert 1 <= row["forwards"] <= 4 and row["bare_ms"] > 0
-    for plain, ours in zip(training[::2], training[1::2], strict=True):
-        assert ours["ratio"] == pytest.approx(plain["seconds"] / ours["seconds"])
+    assert all(0 < row["optimizer_share"] and 0 < row["of_matmul"] for row in training)
     text = capsys.readouterr().out
-    assert all(name in text for name in names) and text.count("ratio") == 2
+    assert all(name in text for name in sampled + trained) and text.count("ratio") == 2
 
 
-def test_plain_references_compute_the_same():
-    """The plain loss and its gradients for the same masks; the plain AR energy."""
-    config = edlm.Config(30, 8, 1, 2, 16)
-    torch.manual_seed(0)
-    denoiser, ar = edlm.Denoiser(config).double(), edlm.AutoregressiveLM(config).double()
-    x0, results = torch.randint(30, (16, 8)), []
-    for loss in (our_loss, plain_loss):
+@pytest.mark.parametrize("stage", ["denoiser", "ar"])
+def test_plain_references_compute_the_same(stage):
+    """The plain loss and its gradients, for the same masks."""
+    net = edlm.KINDS[stage](edlm.Config(30, 8, 1, 2, 16)).double()
+    x0, results = torch.randint(30, (16, 8), generator=seeded(0)), []
+    for loss in (train.training_loss, plain_loss):
         torch.manual_seed(1)
-        value = loss(denoiser, x0)
-        results.append([value.detach(), *torch.autograd.grad(value, denoiser.parameters())])
+        value = loss(stage, net, None, x0, net.config.mask_id)
+        results.append([value.detach(), *torch.autograd.grad(value, net.parameters())])
     for ours, plain in zip(*results, strict=True):
         close(ours, plain)
-    candidates, log_q = torch.randint(30, (3, 4, 8)), torch.randn(3, 4)
-    asked = candidates, torch.full((3, 8), config.mask_id), log_q
+
+
+def test_plain_energy_losses_have_the_same_mean():
+    """They draw their negatives in different ways, so only their means over 600 are the same."""
+    run = new_run("energy", edlm.Config(30, 8, 1, 2, 16), train.Settings(), torch.device("cpu"))
+    torch.nn.init.normal_(run.model.mlp_out.weight)  # an energy that tells texts apart
+    x0, losses = torch.randint(30, (64, 8), generator=seeded(0)), []
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for loss in (train.training_loss, plain_loss):
+            values = [loss("energy", run.model, run.denoiser, x0, 30) for _ in range(600)]
+            losses.append(torch.stack(values).double())
+    error = sum(standard_error(values).square() for values in losses).sqrt()
+    assert abs(losses[0].mean() - losses[1].mean()) < 6 * error  # by chance not: 2e-9
+
+
+def test_plain_ar_energy_computes_the_same():
+    ar = edlm.AutoregressiveLM(edlm.Config(30, 8, 1, 2, 16)).double()
+    candidates = torch.randint(30, (3, 4, 8), generator=seeded(0))
+    asked = candidates, torch.full((3, 8), 30), torch.randn(3, 4, generator=seeded(1))
     close(edlm.ARResidual(ar)(*asked), plain_ar_energy(ar, *asked))
 
 
@@ -2474,17 +2534,20 @@ def main(argv=None):
     add("--batch", type=data.numbers, default=(1, 8), help="texts at once: a list (default: 1,8)")
     add("--steps", type=int, help="diffusion steps T (default: the block size)")
     add("--k", type=int, default=4, help="candidates of EDLM-AR (default: 4)")
+    add("--optimizer", default="muon", help="of the training steps: muon or adamw (default: muon)")
+    add("--compile", default="cuda", help="blocks in training: no, cuda or yes (default: cuda)")
     add("--device", default="", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args(argv)
     device, config = edlm.pick_device(args.device), edlm.Config(**SHAPES[args.shape])
     steps = args.steps or config.block_size
     print(f"{args.shape} on {device}: {config}, {steps} steps, k = {args.k} for EDLM-AR")
-    with edlm.autocast(device):
-        sampled = [measure_sampling(config, device, batch, steps, args.k) for batch in args.batch]
-    trained = [measure_training(config, device, batch) for batch in args.batch]
-    sampling, training = sum(sampled, []), sum(trained, [])
+    sampling, training = [], []
+    for batch in args.batch:
+        with edlm.autocast(device):
+            sampling += measure_sampling(config, device, batch, steps, args.k)
+        training += measure_training(config, device, batch, args.optimizer, args.compile)
     print_table(f"sampling ({PLAIN_STEPS} plain steps timed, scaled to {steps})", sampling)
-    print_table("training the denoiser", training)
+    print_table(f"training, {args.optimizer} (plain: AdamW)", training)
     return sampling, training
 
 
