@@ -2184,13 +2184,21 @@ def published(kind, V=10, d=16, c=6):
 def unfolded(w, kind, x, x0):
     """The published forward pass in float64: log-probabilities [B, L, V], or the energy [B]."""
     w = {name.removeprefix("backbone."): value.double() for name, value in w.items()}
-    linear = lambda name, h: F.linear(h, w[f"{name}.weight"], w.get(f"{name}.bias"))
-    norm = lambda name, h: F.layer_norm(h, (16,)) * w[f"{name}.weight"]
-    constants = lambda name, n: [0, 0, 1, 0, 0, 1][:n]
-    if kind != "ar":
+
+    def linear(name, h):
+        return F.linear(h, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+    def norm(name, h):
+        return F.layer_norm(h, (16,)) * w[f"{name}.weight"]
+
+    def constants(name, n):
+        """Shift, scale and gate, twice for a block, at noise level 0."""
+        if kind == "ar":
+            return [0, 0, 1, 0, 0, 1][:n]
         level = torch.cat((torch.zeros(128).cos(), torch.zeros(128).sin())).double()
-        cond = F.silu(linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", level))))
-        constants = lambda name, n: linear(f"{name}.adaLN_modulation", cond).chunk(n)
+        level = linear("sigma_map.mlp.2", F.silu(linear("sigma_map.mlp.0", level)))
+        return linear(f"{name}.adaLN_modulation", F.silu(level)).chunk(n)
+
     h, e0 = w["vocab_embed.embedding"][x], w["vocab_embed.embedding"][x0]
     h = linear("vocab_proj", torch.cat((h, e0), dim=2)) if kind == "energy" else h
     angle = torch.outer(torch.arange(x.shape[1]), w["rotary_emb.inv_freq"])  # [L, 4]
@@ -2211,98 +2219,103 @@ def unfolded(w, kind, x, x0):
     return h[..., :-1].log_softmax(dim=2)
 
 
-def attack(*call):
-    """An object whose pickle makes this call when it is read."""
-    return type("Attack", (), dict(__reduce__=lambda self: call))()
+class Attack:
+    """An object whose pickle creates the file `ran` when it is read."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", edlm.KINDS)
-def test_published_networks_say_what_they_said(tmp_path, monkeypatch, kind):
-    """From all three kinds of file. One has other weights beside its EMA's, and an attack.
+class TestTrainImport:
+    """Published weights as checkpoints of ours."""
 
-    This is also what holds our networks to a formula written out again, for random weights.
-    """
-    monkeypatch.chdir(tmp_path)
-    w = published(kind)
-    names = [name for name in w if "inv_freq" not in name]
-    live = w | {name: w[name] + 1 for name in names}
-    if kind == "energy":  # EDLM's, which also holds its denoiser
-        live = {name.replace("backbone", "backbone.ebm"): live[name] for name in live}
-        live |= {name.replace("backbone.", ""): live[name] for name in live} | published("denoiser")
-    cached = defaultdict(dict, now={"%Y": "2024"})  # as OmegaConf has it
-    foreign = [attack(exec, ("open('ran', 'w')",)), np.float64(1), tmp_path, cached]
-    content = dict(state_dict=live, ema=dict(shadow_params=[w[name] for name in names]))
-    torch.save(content | dict(hyper_parameters=foreign), "last.ckpt")
-    torch.save(w, "pytorch_model.bin")
-    x_t = torch.randint(11, (2, 7), generator=seeded(0))
-    x0, where = x_t % 10, torch.rand(2, 7, generator=seeded(1)) < 0.5
-    want = unfolded(w, kind, x0 if kind == "ar" else x_t, x0)
-    if kind == "ar":
-        want = F.pad(want[:, :-1].gather(2, x0[:, 1:, None])[..., 0], (1, 0))
-    for path in map(Path, ("last.ckpt", "pytorch_model.bin", "model.safetensors")):
-        if path.suffix == ".safetensors":
-            pytest.importorskip("safetensors.torch").save_file(w, path)
-        net = train.load_reference(path, 7)
-        if kind == "denoiser":
-            got, want = net(x_t, where).log_softmax(dim=1), want[where] if want.ndim == 3 else want
-        else:
-            got = net.log_prob(x0) if kind == "ar" else net(x0[:, None], x_t, None)[:, 0]
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    assert not net.training and not Path("ran").exists()
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", edlm.KINDS)
+    def test_published_networks_say_what_they_said(self, tmp_path, monkeypatch, kind):
+        """From all three kinds of file. One has other weights beside its EMA's, and an attack.
 
+        This is also what holds our networks to a formula written out again, for random weights.
+        """
+        monkeypatch.chdir(tmp_path)
+        w = published(kind)
+        names = [name for name in w if "inv_freq" not in name]
+        live = w | {name: w[name] + 1 for name in names}
+        if kind == "energy":  # EDLM's, which also holds its denoiser
+            live = {name.replace("backbone", "backbone.ebm"): live[name] for name in live}
+            live |= {name.replace("backbone.", ""): live[name] for name in live}
+            live |= published("denoiser")
+        cached = defaultdict(dict, now={"%Y": "2024"})  # as OmegaConf has it
+        foreign = [Attack(), np.float64(1), tmp_path, cached]
+        content = dict(state_dict=live, ema=dict(shadow_params=[w[name] for name in names]))
+        torch.save(content | dict(hyper_parameters=foreign), "last.ckpt")
+        torch.save(w, "pytorch_model.bin")
+        pytest.importorskip("safetensors.torch").save_file(w, "model.safetensors")
+        x_t = torch.randint(11, (2, 7), generator=seeded(0))
+        x0, where = x_t % 10, torch.rand(2, 7, generator=seeded(1)) < 0.5
+        want = unfolded(w, kind, x0 if kind == "ar" else x_t, x0)
+        for path in ("last.ckpt", "pytorch_model.bin", "model.safetensors"):
+            net = train.convert(train.read_published(path), 7)
+            if kind == "energy":
+                close(net(x0[:, None], x_t, None)[:, 0], want, atol=1e-6)
+            elif kind == "ar":
+                log_p = want[:, :-1].gather(2, x0[:, 1:, None])[..., 0]
+                close(net.log_prob(x0), F.pad(log_p, (1, 0)), atol=1e-6)
+            else:
+                log_mu = net(x_t, where).log_softmax(dim=1)
+                close(log_mu[:, :10], want[where], atol=1e-6)
+                assert (log_mu[:, 10:] == -INF).all() or (log_mu[:, 10:] < -1e29).all()
+        assert not net.training and not Path("ran").exists()
 
-WRONG = """blocks.0.norm1.weight = old[:1]; blocks.1.attn_out.weight = old[:1];
-    blocks.1.mlp.0.bias = None; sigma_map.mlp.0.bias = old[:1]; vocab_embed.embedding = old[1:];
-    blocks.0.norm2.weight = old.long(); output_layer.linear.bias = old / 0;
-    rotary_emb.inv_freq = torch.ones(5); output_layer.linear.weight = 5;
-    vocab_embed.embedding = old[:1, :1].expand(10**6, 10**6)"""
-LIES = [(b"[11,16]", b"[99,99]"), (b'offsets":[0,', b'offsets":[8,'), (b'"F32"', b'"I32"')]
-
-
-def test_what_is_no_published_file_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    safetensors, w = pytest.importorskip("safetensors.torch"), published("denoiser")
-    torch.save(w | dict(new=torch.ones(2)), "more.bin")
-    torch.save({name: w[name] for name in [*w][:-1]}, "less.bin")
-    torch.save(w | dict(new=attack(os.system, ("touch ran",))), "attack.bin")
-    for i, what in enumerate(re.split(r";\s+", WRONG)):
-        name, value = what.split(" = ")
-        changed = eval(value, dict(torch=torch, old=w[f"backbone.{name}"]))
-        torch.save(w | {f"backbone.{name}": changed}, f"{i}.bin")
-    for end, save in ((".pkl", torch.save), (".safetensors", safetensors.save_file)):
-        save(w, f"whole{end}")
-        whole = Path(f"whole{end}").read_bytes()
-        Path(f"cut{end}").write_bytes(whole[: len(whole) // 2])
-        Path(f"empty{end}").touch()
-        Path(f"flipped{end}").write_bytes(whole[:2000] + bytes(500) + whole[2500:])
-    for i, lie in enumerate(LIES):
-        assert lie[0] in whole
-        Path(f"{i}.safetensors").write_bytes(whole.replace(*lie, 1))
-    for path in sorted(Path().iterdir()):
-        if path.stem != "whole":
+    def test_other_files_are_refused(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        safetensors, w = pytest.importorskip("safetensors.torch"), published("denoiser")
+        norm, bias = "backbone.blocks.0.norm1.weight", "backbone.output_layer.linear.bias"
+        files = {
+            "more.bin": w | dict(new=torch.ones(2)),
+            "less.bin": {name: w[name] for name in w if name != norm},
+            "shape.bin": w | {norm: w[norm][:1]},
+            "infinite.bin": w | {bias: w[bias] / 0},
+            "number.bin": w | {norm: 5},
+            "attack.bin": w | dict(new=Attack()),
+            "cut.bin": w,
+        }
+        for path, content in files.items():
+            torch.save(content, path)
+        safetensors.save_file(w, "whole.safetensors")
+        whole = Path("whole.safetensors").read_bytes()
+        Path("lie.safetensors").write_bytes(whole.replace(b"[11,16]", b"[99,99]", 1))
+        shutil.copy("whole.safetensors", "cut.safetensors")
+        for cut in ("cut.bin", "cut.safetensors"):
+            os.truncate(cut, os.path.getsize(cut) // 2)
+        for path in (*files, "lie.safetensors", "cut.safetensors", "none.bin"):
             refuses(capsys, f"train.py --import {path} --out new", f"{path} is no published")
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    refuses(capsys, "train.py --import whole.safetensors --out new", "pip install safetensors")
+        assert not Path("ran").exists()
+        refuses(capsys, "train.py --import whole.safetensors --out new", "made with vocab_size 10,")
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+        refuses(capsys, "train.py --import whole.safetensors --out new", "pip install safetensors")
 
-
-def test_published_weights_become_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for kind in edlm.KINDS:
-        torch.save(published(kind, V=50257), f"{kind}.bin")
-    for split in ("train", "val"):
-        np.arange(2000, dtype="<u2").tofile(f"{split}.bin")  # as nanoGPT has them
-    command = "train.py --out new --block_size 12 --import"
-    refuses(capsys, f"{command} energy.bin", "no checkpoint new/denoiser.pt")
-    for kind in edlm.KINDS:
-        assert call(f"{command} {kind}.bin") == 0
-        refuses(capsys, f"{command} {kind}.bin", f"new/{kind}.pt exists: --overwrite")
-        if kind == "denoiser":
-            refuses(capsys, "sample.py --out new --k 4", "k has no effect without an energy")
-    more = "--eval_blocks 2 --k 1,2 --steps 2 --n 2 --device cpu"
-    assert call(f"train.py --eval --data . --out new {more}") == 0
-    assert call(f"train.py --stage energy --data . --out new --overwrite {SHORT}") == 0
-    edlm.load_models("new", edlm.KINDS)  # fit together
+    def test_published_weights_become_a_run(self, tmp_path, monkeypatch, capsys):
+        """An energy is trained on top, a stage is fine-tuned by its name, and the run resumes."""
+        monkeypatch.chdir(tmp_path)
+        for kind in edlm.KINDS:
+            torch.save(published(kind, V=50257), f"{kind}.bin")
+        for split in ("train", "val"):
+            np.arange(2000, dtype="<u2").tofile(f"{split}.bin")  # as nanoGPT has them
+        command = "train.py --out new --block_size 12 --data . --import"
+        refuses(capsys, f"{command} energy.bin", "no checkpoint new/denoiser.pt")
+        for kind in edlm.KINDS:
+            assert call(f"{command} {kind}.bin") == 0
+            refuses(capsys, f"{command} {kind}.bin", f"new/{kind}.pt exists: --overwrite")
+        before = {stage: edlm.load_checkpoint(f"new/{stage}.pt")[0] for stage in edlm.KINDS}
+        finished = snapshot()
+        assert call("train.py --resume --out new --device cpu") == 0 and snapshot() == finished
+        assert call(f"train.py --stage energy --out new --overwrite {SHORT}") == 0
+        edlm.load_models("new", edlm.KINDS)  # fit together
+        assert call(f"train.py --stage ar --resume --out new --lr 1e-7 {SHORT}") == 0
+        assert saved("new", "ar")["training"]["step"] == 6
+        tuned, _ = edlm.load_checkpoint("new/ar.pt")
+        for a, b in zip(tuned.parameters(), before["ar"].parameters(), strict=True):
+            assert not torch.equal(a, b) and torch.allclose(a, b, atol=1e-5)
 
 
 # ------------ 4. Measurements of speed: ratios in one run to plain references -------------------
@@ -2378,19 +2391,19 @@ def measure_sampling(config, device, batch, steps, k):
     return rows
 
 
-def plain_loss(stage, net, denoiser, x0, mask_id):
+def plain_loss(run, net, x0):
     """`train.training_loss` for the same masks, with logits of all positions and all at once."""
-    if stage == "ar":
+    if run.stage == "ar":
         logits = net.head(net.transformer(net.transformer.embed(x0[:, :-1]))).float()
         return F.cross_entropy(logits.flatten(0, 1), x0[:, 1:].flatten())
     S, _, _ = edlm.draw_step(x0)
-    x_t = x0.masked_fill(S, mask_id)
+    x_t = x0.masked_fill(S, net.config.mask_id)
     everywhere = torch.ones_like(S)
-    if stage == "denoiser":
+    if run.stage == "denoiser":
         loss = F.cross_entropy(net(x_t, everywhere).float(), x0.flatten(), reduction="none")
         return ((loss.view_as(x0) * S).sum(dim=1) / S.sum(dim=1)).mean()
     with torch.no_grad():
-        log_mu = denoiser(x_t, everywhere).float().log_softmax(dim=1)  # [B L, V]
+        log_mu = run.denoiser(x_t, everywhere).float().log_softmax(dim=1)  # [B L, V]
         gumbel = -torch.log(-torch.log(torch.rand_like(log_mu)))
         drawn = (log_mu + gumbel).argmax(dim=1).view_as(x0)
     fake = torch.where(S, drawn.clamp(max=mask_id - 1), x0)
@@ -2398,12 +2411,12 @@ def plain_loss(stage, net, denoiser, x0, mask_id):
     return (F.softplus(e_real) + F.softplus(-e_fake)).mean()
 
 
-def plain_step(stage, net, denoiser, optimizer, x0):
+def plain_step(run, optimizer, x0):
     """Forward, backward, clip, update, with torch's defaults."""
     with edlm.autocast(x0.device):
-        loss = plain_loss(stage, net, denoiser, x0, net.config.mask_id)
+        loss = plain_loss(run, run.model, x0)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
@@ -2450,7 +2463,7 @@ def measure_training(config, device, batch, optimizer, compile):
     for stage in train.STAGES:
         run = new_run(stage, config, settings, device)
         adamw = torch.optim.AdamW(run.model.parameters(), lr=3e-4)
-        plain = partial(plain_step, stage, run.model, run.denoiser, adamw, x0)
+        plain = partial(plain_step, run, adamw, x0)
         plain()
         plain_seconds, plain_peak, _ = timed(plain, device, repeats=5)
         run = new_run(stage, config, settings, device)
@@ -2458,7 +2471,9 @@ def measure_training(config, device, batch, optimizer, compile):
         ours = partial(train.train_step, run, settings, [x0])
         ours()
         seconds, peak, _ = timed(ours, device, repeats=5)
-        run.loss(run.model, x0).backward()  # gradients for the optimisers to step on
+        train.training_loss(
+            run, run.model, x0
+        ).backward()  # gradients for the optimisers to step on
         optimizer_seconds, _, _ = timed(partial(optimizer_steps, run), device, repeats=5)
         trained, frozen = forward_flops(stage, config)
         row = dict(name=f"{stage}, batch {batch}", seconds=seconds, plain=plain_seconds)
@@ -2496,11 +2511,12 @@ def test_measurements_at_a_tiny_size(monkeypatch, capsys):
 @pytest.mark.parametrize("stage", ["denoiser", "ar"])
 def test_plain_references_compute_the_same(stage):
     """The plain loss and its gradients, for the same masks."""
-    net = edlm.KINDS[stage](edlm.Config(30, 8, 1, 2, 16)).double()
-    x0, results = torch.randint(30, (16, 8), generator=seeded(0)), []
+    run = new_run(stage, edlm.Config(30, 8, 1, 2, 16), train.Settings(), torch.device("cpu"))
+    net, results = run.model.double(), []
+    x0 = torch.randint(30, (16, 8), generator=seeded(0))
     for loss in (train.training_loss, plain_loss):
         torch.manual_seed(1)
-        value = loss(stage, net, None, x0, net.config.mask_id)
+        value = loss(run, net, x0)
         results.append([value.detach(), *torch.autograd.grad(value, net.parameters())])
     for ours, plain in zip(*results, strict=True):
         close(ours, plain)
@@ -2514,7 +2530,7 @@ def test_plain_energy_losses_have_the_same_mean():
     torch.manual_seed(0)
     with torch.no_grad():
         for loss in (train.training_loss, plain_loss):
-            values = [loss("energy", run.model, run.denoiser, x0, 30) for _ in range(600)]
+            values = [loss(run, run.model, x0) for _ in range(600)]
             losses.append(torch.stack(values).double())
     error = sum(standard_error(values).square() for values in losses).sqrt()
     assert abs(losses[0].mean() - losses[1].mean()) < 6 * error  # by chance not: 2e-9

@@ -45,6 +45,7 @@ import data
 import edlm
 
 STAGES = tuple(edlm.KINDS)  # denoiser, ar, energy
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout")  # with the vocabulary, a Config
 
 # ------------ 1. Settings -------------------------------------------------------------------------
 
@@ -162,9 +163,10 @@ def parse(argv=None) -> tuple[argparse.Namespace, Settings]:
     add("--import", dest="file", help="make a stage of --out of this published file (GPT-2 tokens)")
     add("--max_steps", type=int, help="sets denoiser_steps, ar_steps and energy_steps")
     for f in fields(Settings):
-        text = f"{f.metadata['help']} (default: {f.default})"
-        form = dict(type=f.type, choices=f.metadata["choices"], default=argparse.SUPPRESS)
-        add(f"--{f.name}", help=text, metavar=f.type.__name__, **form)
+        choices, text = f.metadata["choices"], f"{f.metadata['help']} (default: {f.default})"
+        metavar = None if choices else f.type.__name__
+        form = dict(type=f.type, choices=choices, metavar=metavar, help=text)
+        add(f"--{f.name}", default=argparse.SUPPRESS, **form)
     args = parser.parse_args(argv)
     if args.resume and (args.overwrite or args.file):
         raise ValueError("--resume continues a run; --overwrite and --import begin one anew")
@@ -204,11 +206,12 @@ def checkpoint_path(out, stage: str) -> Path:
 # ------------ 2. What is minimised, and how -------------------------------------------------------
 
 
-def training_loss(stage: str, net, denoiser, x0: torch.Tensor, mask_id: int) -> torch.Tensor:
+def training_loss(run: "Run", net, x0: torch.Tensor) -> torch.Tensor:
     """The scalar that a stage minimises: nats per token, or the NCE loss of the energy."""
-    if stage == "energy":
-        return edlm.nce_loss(denoiser, net, x0, mask_id=mask_id)
-    if stage == "ar":
+    mask_id = run.model.config.mask_id
+    if run.stage == "energy":
+        return edlm.nce_loss(run.denoiser, net, x0, mask_id=mask_id)
+    if run.stage == "ar":
         nats = -net(x0).sum(dim=1)  # [B]
     else:
         nats = edlm.nelbo(net, x0, mask_id=mask_id)  # [B]
@@ -307,17 +310,13 @@ class Run:
     step: int = 0
     log_bytes: int = 0  # length of the log at that step
 
-    def loss(self, net, x0: torch.Tensor) -> torch.Tensor:
-        return training_loss(self.stage, net, self.denoiser, x0, self.model.config.mask_id)
-
 
 def begin(args, s: Settings, stage: str, blocks: data.Blocks, device) -> Run:
     """A stage at its first step, or where --resume finds it.
 
     Raises ValueError if the data, the settings and the checkpoints do not belong together.
     """
-    shape = (s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
-    config = edlm.Config(blocks.vocab_size, *shape)
+    config = edlm.Config(blocks.vocab_size, *(getattr(s, name) for name in SHAPE))
     facts = dict(tokenizer=blocks.tokenizer)
     torch.manual_seed(s.seed)
     denoiser = None
@@ -353,10 +352,9 @@ def check_same(path, have: dict, want: dict) -> None:
 def restore(run: Run, path: Path) -> None:
     """Puts weights, optimisers and counts back to where the checkpoint was written."""
     saved, content = edlm.load_checkpoint(path)
-    # published weights come without corpus and optimiser: any will do
-    check_same(
-        path, run.facts | content | asdict(saved.config), run.facts | asdict(run.model.config)
-    )
+    # published weights have no corpus and no optimiser: any will do
+    have = run.facts | content | asdict(saved.config)
+    check_same(path, have, run.facts | asdict(run.model.config))
     run.average.load_state_dict(saved.state_dict())
     run.model.load_state_dict(saved.state_dict())
     if "training" not in content:
@@ -397,7 +395,7 @@ def train_step(run: Run, s: Settings, micro_batches: list) -> tuple[torch.Tensor
         adds_up = world == 1 or i == len(micro_batches) - 1
         with contextlib.nullcontext() if adds_up else run.net.no_sync():
             with edlm.autocast(x0.device):
-                loss = run.loss(run.net, x0) / len(micro_batches)
+                loss = training_loss(run, run.net, x0) / len(micro_batches)
             loss.backward()
         mean += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip)
@@ -429,7 +427,7 @@ def validate(run: Run, s: Settings, held_out: data.Blocks, device) -> float:
     for i, x0 in enumerate(data.progress(loader, desc="validation", leave=False, delay=1)):
         torch.manual_seed(i)  # the same masks every time
         with edlm.autocast(device):
-            total += len(x0) * run.loss(run.average, x0.to(device)).item()
+            total += len(x0) * training_loss(run, run.average, x0.to(device)).item()
     return total / len(part)
 
 
@@ -446,13 +444,7 @@ def train_stage(args, s: Settings, stage: str, device, caught: list) -> bool:
     check_energy(args, run)
     batches = read_batches(run, s, blocks, device)
     prepare_networks(run, s, device)
-    if processes()[0] == 0:
-        claim_folder(args, s, stage)
-        log = open(Path(args.out, f"{stage}.jsonl"), "a")
-        log.truncate(min(run.log_bytes, log.tell()))  # it goes no further than the checkpoint
-    else:
-        log = open(os.devnull, "a")
-    with log:
+    with open_log(args, s, run) as log:
         train_loop(run, s, batches, held_out, log, checkpoint_path(args.out, stage), caught)
     return run.step == run.last
 
@@ -523,14 +515,19 @@ def prepare_networks(run: Run, s: Settings, device) -> None:
         run.net = DistributedDataParallel(run.model, broadcast_buffers=False)
 
 
-def claim_folder(args, s: Settings, stage: str) -> None:
-    """Writes settings.json, and removes what --overwrite is to replace."""
+def open_log(args, s: Settings, run: Run):
+    """The log, to write on; now the run has begun, so the folder says so."""
+    if processes()[0] > 0:
+        return open(os.devnull, "w")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.overwrite:  # later stages too: they must not be taken for the new run's
         asked = asked_stages(args)
-        for later in asked[asked.index(stage) :]:
-            checkpoint_path(args.out, later).unlink(missing_ok=True)
+        for stage in asked[asked.index(run.stage) :]:
+            checkpoint_path(args.out, stage).unlink(missing_ok=True)
     data.write_json(Path(args.out, "settings.json"), asdict(s))
+    log = open(Path(args.out, f"{run.stage}.jsonl"), "a")
+    log.truncate(min(run.log_bytes, log.tell()))  # it goes no further than the checkpoint
+    return log
 
 
 def over_processes(loss: torch.Tensor, caught: list) -> tuple[float, bool]:
@@ -707,12 +704,10 @@ def read_published(path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         content = load_file(path)
-    else:  # a pickle may name any function to be called: torch calls only those allowed here
+    else:  # a pickle may name any function for the reader to call: here all are inert
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        allowed = [(Inert, name) for name in names if name != "collections.defaultdict"]
-        with torch.serialization.safe_globals(
-            [*allowed, (lambda *_: {}, "collections.defaultdict")]
-        ):
+        inert = {name: Inert for name in names} | {"collections.defaultdict": lambda *_: {}}
+        with torch.serialization.safe_globals([(cls, name) for name, cls in inert.items()]):
             content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     w = content.get("state_dict", content)
     w = {name.removeprefix("backbone."): value for name, value in w.items()}
@@ -748,7 +743,7 @@ def fold_adaptive_norms(w: dict, n_layer: int) -> None:
         return F.linear(h, w.pop(f"{name}.weight"), w.pop(f"{name}.bias"))
 
     def fold(norm: str, shift: torch.Tensor, scale: torch.Tensor) -> None:
-        w[f"{norm}.weight"] = w[f"{norm}.weight"] * (1 + scale)
+        w[f"{norm}.weight"] *= 1 + scale  # in place: a tensor of another shape is an error
         w[f"{norm}.bias"] = shift  # the published norms have no bias
 
     level = (torch.arange(256) < 128).double()  # 128 cosines of 0, then 128 sines of 0
@@ -765,10 +760,10 @@ def fold_adaptive_norms(w: dict, n_layer: int) -> None:
 
 
 def convert(w: dict, block_size: int) -> torch.nn.Module:
-    """A published network as ours; raises an error of some kind if it is something else."""
+    """Published tensors as a network of ours, for blocks of that size."""
     w = rename(w)
     rows, d = w["transformer.embed.weight"].shape  # the last row is the mask's
-    head_size = 2 * len(w.pop("rotary_emb.inv_freq", range(32)))  # 64 if it does not say
+    head_size = 2 * len(w.pop("rotary_emb.inv_freq", range(32)))  # 64 where it is not told
     n_layer = sum(name.endswith("norm1.weight") for name in w)
     config = edlm.Config(rows - 1, block_size, n_layer, d // head_size, d)
     if "join_x0.weight" in w:
@@ -776,53 +771,40 @@ def convert(w: dict, block_size: int) -> torch.nn.Module:
         fold_energy_head(w)
     else:
         kind = "denoiser" if "sigma_map.mlp_in.weight" in w else "ar"
-        head = w["head.weight"], w["head.bias"]
-        w["head.weight"], w["head.bias"] = pad_head(*head, config.vocab_size)
-    if kind == "ar":  # its norms are plain
+        # without the mask's row; unused rows of probability 0 fill up the 64 (see `edlm.Head`)
+        unused = -config.vocab_size % 64
+        w["head.weight"] = F.pad(w["head.weight"][:-1], (0, 0, 0, unused))
+        w["head.bias"] = F.pad(w["head.bias"][:-1], (0, unused), value=-1e30)
+    if kind == "ar":
         w |= {name.replace("weight", "bias"): torch.zeros(d) for name in w if "norm" in name}
     else:
         fold_adaptive_norms(w, n_layer)
     model = edlm.KINDS[kind](config)
-    model.load_state_dict(w)
+    model.load_state_dict(w)  # raises an error if a name or a shape is another
     if not all(value.isfinite().all() for value in model.parameters()):
         raise ValueError("some weights are not finite")
     return model.eval()
 
 
-def pad_head(weight: torch.Tensor, bias: torch.Tensor, V: int) -> tuple:
-    """Without the mask's row, and with unused ones up to a multiple of 64: see `edlm.Head`."""
-    unused = -V % 64
-    weight = F.pad(weight[:V], (0, 0, 0, unused))
-    return weight, F.pad(bias[:V], (0, unused), value=-1e30)
-
-
-def load_published(path, block_size: int = 1024) -> torch.nn.Module:
-    """A published MDLM, AR or EDLM-NCE network as one of ours. ValueError for any other file."""
-    try:
-        return convert(read_published(path), block_size)
-    except ImportError:
-        raise ValueError(f"to read {path}: pip install safetensors") from None
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of many kinds
-        raise ValueError(f"{path} is no published network: {error!r:.150}") from error
-
-
 def import_weights(args, s: Settings) -> None:
     """Published weights as a finished stage of --out; an energy needs its denoiser there first."""
-    model = load_published(args.file, s.block_size)
-    facts = dict(tokenizer="gpt2")
+    try:
+        model = convert(read_published(args.file), s.block_size)
+    except ImportError:
+        raise ValueError(f"to read {args.file}: pip install safetensors") from None
+    except Exception as error:  # of many kinds: there is no end of other files
+        raise ValueError(f"{args.file} is no published network: {error!r:.150}") from error
     check_same(args.file, asdict(model.config), dict(vocab_size=50257))  # GPT-2's
     stage = next(name for name in STAGES if type(model) is edlm.KINDS[name])
     path = checkpoint_path(args.out, stage)
     if path.exists() and not args.overwrite:
         raise ValueError(f"{path} exists: --overwrite, or another --out")
+    facts = dict(tokenizer="gpt2")
     if stage == "energy":
         denoiser, _ = edlm.load_checkpoint(checkpoint_path(args.out, "denoiser"))
         facts["denoiser"] = edlm.fingerprint(denoiser)
     path.parent.mkdir(parents=True, exist_ok=True)
-    shape = asdict(model.config)
-    shape.pop("vocab_size")
+    shape = {name: getattr(model.config, name) for name in SHAPE}
     data.write_json(path.with_name("settings.json"), asdict(s) | shape)
     edlm.save_checkpoint(path, model, **facts)
     print(f"{args.file} -> {path}")
