@@ -1787,8 +1787,6 @@ def test_sample_keeps_what_is_given(here, capsys):
 
 def test_sample_batches_fit_into_memory(here, monkeypatch):
     monkeypatch.setattr(sample, "BATCH_BYTES", {"cpu": 2**18})
-    for path in Path("out").glob("*/ar.pt"):
-        path.unlink()  # it reads what was drawn in batches of its own
     for out, num in (("out/toy", 300), ("out/bytes", 60)):  # large hidden states, large logits
         with Largest() as largest:
             assert call(f"sample.py --out {out} --energy none --steps 1 --num {num}") == 0
@@ -1941,7 +1939,7 @@ def test_sample_outside_energy_reads_text(here, outside):
     candidates = [b"abcdef?", b"abc", bytes([97, 255, 98])]
     rows = [[eot, *text] + [eot] * (9 - len(text)) for text in candidates]
     rows[1][6] = ord("z")  # two END_OF_TEXT, and only then the rest
-    lm = sample.OutsideLM("any", tokenizer, torch.device("cpu"))
+    lm = sample.OutsideLM("any", sample.Run({}, None, tokenizer, torch.device("cpu")))
     log_q = torch.tensor([[-1.0, -2.0, -3.0]])
     x_t = torch.full((1, 10), eot + 1)
     E = lm.energy(torch.tensor([rows]), x_t, log_q)
@@ -1969,7 +1967,7 @@ def test_sample_outside_energy_passes_gpt2_ids(outside, monkeypatch):
         return SimpleNamespace(logits=self.logits(given))
 
     monkeypatch.setattr(Outside, "forward", forward)
-    lm = sample.OutsideLM("any", tokenizer, torch.device("cpu"))
+    lm = sample.OutsideLM("any", sample.Run({}, None, tokenizer, torch.device("cpu")))
     # no text has these ids: " a", "b" would be another token
     candidates = torch.tensor([[[50256, 257, 65, 50256, 50256], [50256, 40000, 3, 7, 50256]]])
     E = lm.energy(candidates, candidates[:, 0], torch.zeros(1, 2))
@@ -2016,7 +2014,7 @@ def test_sample_outside_energy_of_a_real_causal_lm(tmp_path):
     tokenizer = data.get_tokenizer("toy")
     stories = data.toy_stories(3, seed=0)
     rows = [[tokenizer.eot_token, *data.encode(tokenizer, s), tokenizer.eot_token] for s in stories]
-    lm = sample.OutsideLM(str(tmp_path), tokenizer, torch.device("cpu"))
+    lm = sample.OutsideLM(str(tmp_path), sample.Run({}, None, tokenizer, torch.device("cpu")))
     E = lm.energy(torch.tensor([rows]), torch.tensor(rows[:1]), torch.zeros(1, 3))
     ids = [torch.tensor([[256, *theirs(story)["input_ids"]]]) for story in stories]
     with torch.no_grad():
