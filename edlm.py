@@ -988,19 +988,20 @@ def load_models(folder, stages, device="cpu") -> tuple[dict, str]:
 
     Raises what `load_checkpoint` raises, and ValueError if they do not belong together.
     """
-    models, facts = {}, {}
+    models, data = {}, None
     for stage in stages:
         path = Path(folder) / f"{stage}.pt"
         models[stage], content = load_checkpoint(path, device)
         config = models[stage].config
-        facts[stage] = content["kind"], content["tokenizer"], config.vocab_size, config.block_size
-        want = (stage, *facts[stages[0]][1:])
-        if facts[stage] != want:
-            raise ValueError(f"{path} is {facts[stage]}, not {want}: train both on the same data")
+        facts = content["tokenizer"], config.vocab_size, config.block_size
+        data = data or facts
+        if content["kind"] != stage or facts != data:
+            is_not = f"{path} is a {content['kind']} for {facts}, not a {stage} for {data}"
+            raise ValueError(f"{is_not} (tokenizer, V, L): train both on the same data")
         if stage == "energy" and "denoiser" in models:
             if content.get("denoiser") != fingerprint(models["denoiser"]):
                 raise ValueError(f"{path} corrects another denoiser: --stage energy --overwrite")
-    return models, facts[stages[0]][1]
+    return models, data[0]
 
 
 def make_energy(name: str, models: dict):

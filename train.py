@@ -1,13 +1,17 @@
-"""Trains the three networks of EDLM, resumes them, and evaluates perplexity.
+"""Makes the checkpoints that sample.py uses: trains the three networks, or imports published ones.
 
     python train.py                                    the toy language: data, three stages, a table
-    python train.py --resume --out out/toy             goes on where a stopped run left off
-    python train.py --eval --steps 4,8 --k 4,16        how likely sample.py is to draw real text
+    python train.py --resume                           begins that run, or goes on where it stopped
     python train.py --preset owt --stage denoiser      the paper's settings, OpenWebText shards
     torchrun --standalone --nproc_per_node=8 train.py --preset owt        the same on eight GPUs
+    python train.py --import model.safetensors --out out/mdlm       published weights become a stage
 
-Stages: `denoiser` (masked diffusion), `ar` (autoregressive), `energy` (noise-contrastive estimation
-against the finished denoiser). Each writes out/<name>/<stage>.pt and <stage>.jsonl.
+There are three stages: `denoiser` (masked diffusion), `ar` (autoregressive) and `energy`
+(noise-contrastive estimation against the finished denoiser). The folder of a run holds a checkpoint
+<stage>.pt and a log <stage>.jsonl of each, and settings.json.
+
+A setting that is not typed comes from settings.json, if the command adds to a run that exists
+(--resume, or one --stage of several), and else from the preset.
 
 The randomness of micro-batch m of step s derives from (seed, s, m) alone. So a resumed run repeats
 an uninterrupted one (on a CPU exactly), and W processes do what one does with W micro-batches.
@@ -16,252 +20,325 @@ an uninterrupted one (on a CPU exactly), and W processes do what one does with W
 import argparse
 import contextlib
 import copy
-import itertools
 import json
 import math
 import os
 import signal
 import sys
-import textwrap
+import threading
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+# A thread that has nothing to do sleeps. By default it spins, and where another program wants the
+# same core that made a step up to 20 times slower. It must be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 
 import data
 import edlm
 
 STAGES = tuple(edlm.KINDS)  # denoiser, ar, energy
-CORPORA = tuple(data.DETOKENIZERS)  # named here because a field of Settings is called data
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout")  # with the vocabulary, a Config
 
-# Settings has the paper's OpenWebText run; a preset says what differs from it.
-LAPTOP = dict(optimizer="muon", warmup_steps=30, lr_schedule="cosine", ema=0.99, dropout=0.0)
+# ------------ 1. Settings -------------------------------------------------------------------------
+
+# What a preset leaves out has the default of `Settings`, which is the paper's OpenWebText run.
 PRESETS = {
-    # Minutes on two CPU cores. A block is one story: [EOT] + 19 words + [EOT].
-    "toy": dict(LAPTOP, data="data/toy", block_size=21, n_layer=3, n_head=4, n_embd=64)
-    | dict(lr=0.018, energy_lr=0.003, batch_size=128, micro_batch=128, save_every=200)
-    | dict(denoiser_steps=500, ar_steps=200, energy_steps=400),
-    "shakespeare": dict(LAPTOP, data="data/shakespeare", block_size=128, n_layer=3, n_head=6)
-    | dict(n_embd=192, lr=0.012, energy_lr=0.006, batch_size=16)
-    | dict(denoiser_steps=1900, ar_steps=600, energy_steps=450),
-    # Width 768, because the paper's 784 does not divide into 12 heads.
-    "text8": dict(data="data/text8", block_size=256, dropout=0.05, micro_batch=64)
-    | dict(warmup_steps=2000, lr_schedule="cosine", energy_steps=10_000),
-    "owt": dict(data="data/openwebtext"),
+    "toy": {  # a minute or two on two CPU cores
+        "data": "data/toy",
+        "block_size": 21,  # [EOT] + the 19 words of one story + [EOT]
+        "n_layer": 3,
+        "n_head": 4,
+        "n_embd": 64,
+        "dropout": 0.0,
+        "optimizer": "muon",
+        "lr": 0.018,
+        "energy_lr": 0.003,
+        "warmup_steps": 30,
+        "lr_schedule": "cosine",
+        "ema": 0.99,
+        "batch_size": 128,
+        "micro_batch": 128,
+        "denoiser_steps": 500,
+        "ar_steps": 200,
+        "energy_steps": 400,
+        "save_every": 200,
+        "compile": "no",
+    },
+    "shakespeare": {  # a quarter of an hour on two CPU cores
+        "data": "data/shakespeare",
+        "block_size": 128,
+        "n_layer": 3,
+        "n_head": 6,
+        "n_embd": 192,
+        "dropout": 0.0,
+        "optimizer": "muon",
+        "lr": 0.012,
+        "energy_lr": 0.006,
+        "warmup_steps": 30,
+        "lr_schedule": "cosine",
+        "ema": 0.99,
+        "batch_size": 16,
+        "denoiser_steps": 1900,
+        "ar_steps": 600,
+        "energy_steps": 450,
+        "compile": "no",
+    },
+    "text8": {  # width 768, because the paper's 784 does not divide into 12 heads
+        "data": "data/text8",
+        "block_size": 256,
+        "dropout": 0.05,
+        "warmup_steps": 2000,
+        "lr_schedule": "cosine",
+        "micro_batch": 64,
+        "energy_steps": 10_000,
+    },
+    "owt": {
+        "data": "data/openwebtext",
+    },
 }
 
 
-def option(help: str, default, low=1, high=2**31, choices=None):
-    """A field of Settings: its help line, its default, and the values it may take."""
+def option(default, help: str, low=0, high=math.inf, choices=None):
+    """A field of Settings: its default, its line in --help, and the values that it may take."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
 @dataclass(kw_only=True)
 class Settings:
-    """Every value of a run, and so every flag."""
+    """All that decides how a run turns out. Each is a flag, and a line of settings.json."""
 
-    data: str = option("folder of token shards; with --eval also a text file", "data/openwebtext")
-    block_size: int = option("tokens in a block, L", 1024)
-    n_layer: int = option("transformer blocks", 12)
-    n_head: int = option("attention heads", 12)
-    n_embd: int = option("width", 768)
-    dropout: float = option("dropout while training", 0.1, 0, 1)
-    optimizer: str = option("muon is for matrices only", "adamw", choices=("muon", "adamw"))
-    lr: float = option("peak learning rate", 3e-4, 1e-9, 10)
-    energy_lr: float = option("peak learning rate of the energy stage", 3e-4, 1e-9, 10)
-    warmup_steps: int = option("steps over which the learning rate rises", 2500, 0)
-    lr_schedule: str = option("after the warm-up", "constant", choices=("constant", "cosine"))
-    grad_clip: float = option("largest gradient norm", 1.0, 1e-9, 1e9)
-    ema: float = option("decay of the weight average that is kept for use", 0.9999, 0, 1)
-    batch_size: int = option("sequences per step, over all processes and micro-batches", 512)
-    micro_batch: int = option("sequences per forward pass, at most", 16)
-    max_steps: int = option("steps of every stage, instead of the next three", 0, 0)
-    denoiser_steps: int = option("steps of the denoiser stage", 1_000_000)
-    ar_steps: int = option("steps of the ar stage", 1_000_000)
-    energy_steps: int = option("steps of the energy stage", 400_000)
-    save_every: int = option("steps between checkpoints, each with a validation loss", 250)
-    log_every: int = option("steps between rows of the log", 10)
-    stage: str = option("what to train", "all", choices=(*STAGES, "all"))
-    seed: int = option("seed of weights, data order and masks", 0, 0)
-    eval_blocks: int = option("validation blocks to evaluate on; --eval: 64 if not given", 1000)
-    out: str = option("folder of the run (default: out/ + the name of the data folder)", "")
-    resume: bool = option("continue the run in --out, with its own settings", False)
-    overwrite: bool = option("train anew over what --out holds", False)
-    device: str = option("default: cuda where there is one", "", choices=("", "cuda", "cpu"))
-    eval: bool = option("evaluate the checkpoints in --out instead of training", False)
-    passes: int = option("--eval: masks drawn for each validation block", 1)
-    steps: tuple = option("--eval: numbers of decoding steps T, as 2,4,8", (2, 4, 8))
-    k: tuple = option("--eval: numbers of candidates, as 4,16", (4, 16))
-    n: int = option("--eval: draws for each expectation over candidates", 128, 2)
-    detokenize: str = option("--eval of a text: undo a corpus' tokens", "", choices=("", *CORPORA))
-    json: str = option("--eval: also write the table to this file", "")
-    import_: str = option("make a stage of --out of this published file, tokenizer gpt2", "")
+    data: str = option("data/openwebtext", "folder of token shards")
+    block_size: int = option(1024, "tokens in a block, L", 3)
+    n_layer: int = option(12, "transformer blocks", 1)
+    n_head: int = option(12, "attention heads", 1)
+    n_embd: int = option(768, "width", 1)
+    dropout: float = option(0.1, "dropout while training", 0, 1)
+    optimizer: str = option("adamw", "muon is for matrices only", choices=("muon", "adamw"))
+    lr: float = option(3e-4, "peak learning rate")
+    energy_lr: float = option(3e-4, "peak learning rate of the energy stage")
+    warmup_steps: int = option(2500, "steps over which the learning rate rises")
+    lr_schedule: str = option("constant", "after the warm-up", choices=("constant", "cosine"))
+    weight_decay: float = option(0.0, "share of lr by which weights shrink in a step")
+    beta1: float = option(0.9, "AdamW's memory of gradients", 0, 1)
+    beta2: float = option(0.999, "AdamW's memory of their squares", 0, 1)
+    grad_clip: float = option(1.0, "largest gradient norm")
+    ema: float = option(0.9999, "decay of the average of the weights that is kept for use", 0, 1)
+    batch_size: int = option(512, "sequences per step, over all processes and micro-batches", 1)
+    micro_batch: int = option(16, "sequences per forward pass, at most", 1)
+    denoiser_steps: int = option(1_000_000, "steps of the denoiser stage", 1)
+    ar_steps: int = option(1_000_000, "steps of the ar stage", 1)
+    energy_steps: int = option(400_000, "steps of the energy stage", 1)
+    save_every: int = option(250, "steps between checkpoints, each with a validation loss", 1)
+    eval_blocks: int = option(1000, "validation blocks of that loss, at most", 1)
+    log_every: int = option(10, "steps between rows of the log", 1)
+    compile: str = option("cuda", "torch.compile the blocks", choices=("no", "cuda", "yes"))
+    seed: int = option(0, "seed of weights, data order and masks", 0, 2**31)
 
     def __post_init__(self):
         for f in fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            number = f.type in (int, float)
-            choices = f.metadata["choices"] or [value]
-            right = isinstance(value, (int, float) if f.type is float else f.type)
-            if not right or value not in choices or (number and not low <= value < high):
-                limits = f"at least {low} and below {high}" if number else choices
-                raise ValueError(f"--{f.name} must be {f.type.__name__} of {limits}, not {value!r}")
-        if self.eval and max(self.k) > self.n:
-            raise ValueError(f"--n {self.n} draws are too few for --k {max(self.k)}")
-        if self.resume and (self.overwrite or self.import_):
-            raise ValueError("--resume continues a run, --overwrite and --import begin one anew")
+            if f.type is not str and not low <= value < high:  # nan is refused, too
+                raise ValueError(f"--{f.name} must be from {low} to below {high}, not {value}")
 
 
-def parse(argv=None) -> Settings:
-    """The command line: a preset, and a flag of the same name for every field of Settings.
-
-    What is not given comes from the checkpoints in --out (--resume and --eval: the whole run;
-    --stage energy: the denoiser's shape), else from the preset, else from Settings.
-    """
-    presets = "\n\n".join(textwrap.fill(f"preset {n}: {v}", 100) for n, v in PRESETS.items())
-    parser = data.Parser("train.py", __doc__, epilog=presets, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--preset", choices=PRESETS, help="default: that of this --data, or toy")
+def parse(argv=None) -> tuple[argparse.Namespace, Settings]:
+    """The command line: what this command is to do, and the settings of the run."""
+    presets = [f"preset {name}: {json.dumps(values)}" for name, values in PRESETS.items()]
+    parser = data.Parser(__doc__, epilog="\n\n".join(presets))
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, help="settings to begin with (default: toy)")
+    add("--out", help="folder of the run (default: out/ and the name of the data folder)")
+    add("--stage", choices=(*STAGES, "all"), default="all", help="what to train (default: all)")
+    add("--resume", action="store_true", help="go on with the run in --out, or begin it")
+    add("--overwrite", action="store_true", help="train anew over what --out holds")
+    add("--device", choices=("cuda", "cpu"), default="", help="default: cuda where there is one")
+    add("--import", dest="file", help="make a stage of --out of this published file (GPT-2 tokens)")
+    add("--max_steps", type=int, help="sets denoiser_steps, ar_steps and energy_steps")
     for f in fields(Settings):
-        text = f.metadata["help"] + (f" (default: {f.default})" if f.default else "")
-        form = dict(type=data.numbers if f.type is tuple else f.type, metavar=f.type.__name__)
-        form |= dict(choices=f.metadata["choices"]) if f.metadata["choices"] else {}
-        form = dict(action="store_true") if f.type is bool else form
-        parser.add_argument("--" + f.name.rstrip("_"), dest=f.name, help=text, **form)
-    given = vars(parser.parse_args(argv))
-    named = [n for n, p in PRESETS.items() if p["data"] == given.get("data", "").rstrip("/")]
-    named = ["owt"] if given.get("import_") else [*named, "toy"]  # for the block of the published
-    values = PRESETS[given.pop("preset", named[0])]
-    source = given.get("data", values["data"])
-    source = values["data"] if Path(source).is_file() else source  # a text has no run of its own
-    evaluates = ("passes", "steps", "k", "n", "detokenize", "json")
-    used = (*evaluates, "eval", "eval_blocks", "data", "out", "device")
-    where = "with" if "eval" in given else "without"
-    if idle := [n for n in given if (n in evaluates if where == "without" else n not in used)]:
-        parser.error(f"--{idle[0].rstrip('_')} has no effect {where} --eval")
-    if "eval" in given:
-        given.setdefault("eval_blocks", 64)  # bounds cost 2 n energies a block
-    if given.get("max_steps"):
-        given |= {f"{stage}_steps": given["max_steps"] for stage in STAGES}
-    given.setdefault("out", str(Path("out") / Path(source).name))
-    if "resume" in given or "eval" in given:
-        values = values | saved_settings(given["out"], "resume" in given)
-    elif given.get("stage") == "energy":
-        denoiser, _ = edlm.load_checkpoint(checkpoint_path(given["out"], "denoiser"))
-        values = values | {name: getattr(denoiser.config, name) for name in SHAPE}
-    return Settings(**(values | given))
+        text = f"{f.metadata['help']} (default: {f.default})"
+        form = dict(type=f.type, choices=f.metadata["choices"], default=argparse.SUPPRESS)
+        add(f"--{f.name}", help=text, metavar=f.type.__name__, **form)
+    args = parser.parse_args(argv)
+    if args.resume and (args.overwrite or args.file):
+        raise ValueError("--resume continues a run; --overwrite and --import begin one anew")
+    typed = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
+    if args.max_steps is not None:
+        for stage in STAGES:
+            typed.setdefault(f"{stage}_steps", args.max_steps)
+    values = PRESETS[args.preset or ("owt" if args.file else "toy")]
+    corpus = Path(typed.get("data", values["data"])).resolve().name
+    args.out = args.out or f"out/{corpus}"
+    return args, Settings(**(values | saved_settings(args) | typed))
+
+
+def saved_settings(args) -> dict:
+    """settings.json of --out if this command adds to the run there, else {}."""
+    path = Path(args.out, "settings.json")
+    others = set(STAGES) - set(asked_stages(args)) if not args.file else STAGES
+    adds = args.resume or any(checkpoint_path(args.out, stage).exists() for stage in others)
+    if not adds or not path.exists():
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+        Settings(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+    return values
+
+
+def asked_stages(args) -> tuple:
+    return STAGES if args.stage == "all" else (args.stage,)
 
 
 def checkpoint_path(out, stage: str) -> Path:
-    return Path(out) / f"{stage}.pt"
+    return Path(out, f"{stage}.pt")
 
 
-def saved_settings(out, resume: bool) -> dict:
-    """The settings with which the newest checkpoint of a run was trained; {} if it was imported."""
-    paths = [path for stage in STAGES if (path := checkpoint_path(out, stage)).exists()]
-    if not paths:
-        raise FileNotFoundError(f"no checkpoint in {out}: run python train.py --out {out} first")
-    newest = max(paths, key=lambda path: path.stat().st_mtime)
-    _, content = edlm.load_checkpoint(newest)
-    names = [f.name for f in fields(Settings)]
-    try:
-        saved = content["training"]["settings"] if resume or "training" in content else None
-        return {} if saved is None else {name: saved[name] for name in names[: names.index("out")]}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{newest} is damaged or was imported: no settings to resume") from error
+# ------------ 2. What is minimised, and how -------------------------------------------------------
 
 
-# ------------ What is minimised, and how ----------------------------------------------------------
-
-
-def training_loss(stage: str, net, denoiser, x0: torch.Tensor) -> torch.Tensor:
-    """The scalar of a stage: nats per token, or the NCE loss."""
-    mask_id = (denoiser or getattr(net, "module", net)).config.mask_id
+def training_loss(stage: str, net, denoiser, x0: torch.Tensor, mask_id: int) -> torch.Tensor:
+    """The scalar that a stage minimises: nats per token, or the NCE loss of the energy."""
     if stage == "energy":
         return edlm.nce_loss(denoiser, net, x0, mask_id=mask_id)
-    nats = edlm.nelbo(net, x0, mask_id=mask_id) if stage == "denoiser" else -net(x0).sum(dim=1)
+    if stage == "ar":
+        nats = -net(x0).sum(dim=1)  # [B]
+    else:
+        nats = edlm.nelbo(net, x0, mask_id=mask_id)  # [B]
     return nats.mean() / (x0.shape[1] - 1)
 
 
-@torch.no_grad()
-def score_blocks(name: str, score, blocks, s: Settings, device) -> torch.Tensor:
-    """score(x0=...) of the first --eval_blocks blocks: Float64[blocks], means over --passes."""
-    part = Subset(blocks, list(range(min(s.eval_blocks, len(blocks)))) * s.passes)
-    loader = DataLoader(part, batch_size=max(1, 4096 // len(blocks[0])))  # 4096 tokens at once
-    values = []
-    for i, x0 in enumerate(data.progress(loader, desc=name, leave=False, delay=1)):
-        torch.manual_seed(i)  # the same masks every time
-        with edlm.autocast(device):
-            values.append(score(x0=x0.to(device)).cpu().double())
-    return torch.cat(values).view(s.passes, -1).mean(dim=0)
+def orthogonalise(G: torch.Tensor) -> torch.Tensor:
+    """About U V^T of every matrix U S V^T in Float[n, rows, columns].
+
+    Five steps of a polynomial in X X^T push all singular values near 1. They need not get closer:
+    this one is tuned to raise small ones fast.
+    """
+    # a CPU without bfloat16 instructions emulates them, 60 times slower than it computes in float32
+    X = G.bfloat16() if G.is_cuda and torch.cuda.is_bf16_supported(False) else G
+    tall = X.shape[1] > X.shape[2]
+    X = X.mT if tall else X  # the smaller side makes the smaller X X^T
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum for matrices, its update made orthogonal (Jordan et al. 2024): few steps get far.
+
+    All directions of a matrix are learnt alike fast, also those with small gradients. The update
+    has the size of an AdamW step (Liu et al., arXiv:2502.16982), so both share one learning rate.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = defaultdict(list)  # matrices of one shape share their products
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike[p.shape].append(p)
+            for shape, params in alike.items():
+                updates = torch.stack([self.momentum_of(p, group["momentum"]) for p in params])
+                size = group["lr"] * 0.2 * math.sqrt(max(shape))
+                for p, update in zip(params, orthogonalise(updates), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+
+    def momentum_of(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
+        """The average of p's gradients so far, a step ahead of itself (Nesterov)."""
+        if not self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(average, momentum)
 
 
 def make_optimizers(model, s: Settings) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon on the matrices inside the blocks and AdamW on embeddings, norms and heads."""
-    muon = [p for p in model.transformer.blocks.parameters() if p.dim() == 2]
-    muon = muon if s.optimizer == "muon" else []
-    rest = [p for p in model.parameters() if all(p is not other for other in muon)]
-    optimizers = [torch.optim.AdamW(rest, lr=s.lr, weight_decay=0, fused=True)]
-    if muon:  # "match_rms_adamw" scales its step to the size of an AdamW step: one lr for both
-        form = dict(weight_decay=0, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(torch.optim.Muon(muon, lr=s.lr, **form))
+    matrices = []
+    if s.optimizer == "muon":
+        matrices = [p for p in model.transformer.blocks.parameters() if p.dim() == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    form = dict(lr=s.lr, weight_decay=s.weight_decay)
+    optimizers = [torch.optim.AdamW(rest, betas=(s.beta1, s.beta2), fused=True, **form)]
+    if matrices:
+        optimizers.append(Muon(matrices, **form))
     return optimizers
 
 
 def learning_rate(s: Settings, stage: str, step: int) -> float:
     """Linear warm-up, then constant or a cosine to zero at the stage's last step."""
     peak = s.energy_lr if stage == "energy" else s.lr
-    warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
-    done = max(0, step - s.warmup_steps) / max(1, getattr(s, f"{stage}_steps") - s.warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
-    return peak * warm * (cosine if s.lr_schedule == "cosine" else 1)
+    if step < s.warmup_steps:
+        return peak * (step + 1) / s.warmup_steps
+    if s.lr_schedule == "constant":
+        return peak
+    last = getattr(s, f"{stage}_steps")
+    done = (step - s.warmup_steps) / max(1, last - s.warmup_steps)
+    return peak * (1 + math.cos(math.pi * min(1.0, done))) / 2
 
 
-# ------------ A run: begun, trained, stopped, resumed ---------------------------------------------
+# ------------ 3. A stage: begun or resumed, stepped, validated, saved -----------------------------
 
 
 @dataclass
 class Run:
     """What one stage trains, as far as it has come."""
 
+    stage: str
+    last: int  # the number of its last step
     model: torch.nn.Module
-    ema: torch.nn.Module  # the average of its weights: what is evaluated, saved and sampled from
+    average: torch.nn.Module  # of its weights: what is validated, saved and sampled from
     denoiser: torch.nn.Module | None  # frozen, for the energy stage
     optimizers: list
     facts: dict  # what the weights belong to, saved beside them
+    net: torch.nn.Module  # the model, or what shares it with the other processes
     step: int = 0
     log_bytes: int = 0  # length of the log at that step
 
+    def loss(self, net, x0: torch.Tensor) -> torch.Tensor:
+        return training_loss(self.stage, net, self.denoiser, x0, self.model.config.mask_id)
 
-def begin(s: Settings, stage: str, blocks: data.Blocks, device) -> Run:
-    """A stage at its first step, or where --resume finds it. ValueError if it fits not together."""
-    config = edlm.Config(blocks.vocab_size, *(getattr(s, name) for name in SHAPE))
-    facts = dict(tokenizer=blocks.tokenizer, corpus=[len(blocks), *blocks.meta["source"]])
+
+def begin(args, s: Settings, stage: str, blocks: data.Blocks, device) -> Run:
+    """A stage at its first step, or where --resume finds it.
+
+    Raises ValueError if the data, the settings and the checkpoints do not belong together.
+    """
+    shape = (s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout)
+    config = edlm.Config(blocks.vocab_size, *shape)
+    facts = dict(tokenizer=blocks.tokenizer)
     torch.manual_seed(s.seed)
     denoiser = None
     if stage == "energy":
-        path = checkpoint_path(s.out, "denoiser")
+        path = checkpoint_path(args.out, "denoiser")
         denoiser, content = edlm.load_checkpoint(path, device)
-        expected = asdict(config) | dict(tokenizer=blocks.tokenizer)
-        check_same(path, content | asdict(denoiser.config), expected)
+        check_same(path, content | asdict(denoiser.config), facts | asdict(config))
         denoiser.requires_grad_(False)
         facts["denoiser"] = edlm.fingerprint(denoiser)
         model = edlm.NCEResidual.from_denoiser(denoiser).to(device)
     else:
         model = edlm.KINDS[stage](config).to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    run = Run(model, ema, denoiser, make_optimizers(model, s), facts)
-    if s.resume and (path := checkpoint_path(s.out, stage)).exists():
-        averaged, content = edlm.load_checkpoint(path)
-        check_same(path, content | asdict(averaged.config), asdict(config) | facts)
-        run.ema.load_state_dict(averaged.state_dict())
-        restore(run, path, content)
+    facts["corpus"] = [len(blocks), *blocks.meta["source"]]
+    facts["optimizer"] = s.optimizer
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    last = getattr(s, f"{stage}_steps")
+    optimizers = make_optimizers(model, s)
+    run = Run(stage, last, model, average, denoiser, optimizers, facts, net=model)
+    path = checkpoint_path(args.out, stage)
+    if args.resume and path.exists():
+        restore(run, path)
     return run
 
 
@@ -273,139 +350,255 @@ def check_same(path, have: dict, want: dict) -> None:
             raise ValueError(f"{had}: take that, or train anew with --overwrite")
 
 
-def restore(run: Run, path, content: dict) -> None:
-    """Puts weights and optimisers back to where the checkpoint was written."""
-    try:
-        saved = content["training"]
-        run.model.load_state_dict(saved["model"])
-        for optimizer, state in zip(run.optimizers, saved["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]  # their options come from the settings
-            optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            keys = {tuple(optimizer.state[p]) for p in params}
-            entries = ((p, *item) for p in params for item in optimizer.state[p].items())
-            fits = (t.shape == (() if key == "step" else p.shape) for p, key, t in entries)
-            if len(keys) != 1 or keys == {()} or not all(fits):  # optimisers do not check
-                raise ValueError("the optimiser's state does not fit the weights")
-        run.step, run.log_bytes = saved["step"], saved["log_bytes"]
-        if not all(type(n) is int and 0 <= n < 2**63 for n in (run.step, run.log_bytes)):
-            raise ValueError("its step or log_bytes is no count")
-    except Exception as error:  # of many kinds
-        raise ValueError(f"{path} is damaged ({data.first_line(error)[:100]})") from error
+def restore(run: Run, path: Path) -> None:
+    """Puts weights, optimisers and counts back to where the checkpoint was written."""
+    saved, content = edlm.load_checkpoint(path)
+    # published weights come without corpus and optimiser: any will do
+    check_same(
+        path, run.facts | content | asdict(saved.config), run.facts | asdict(run.model.config)
+    )
+    run.average.load_state_dict(saved.state_dict())
+    run.model.load_state_dict(saved.state_dict())
+    if "training" not in content:
+        return
+    training = content["training"]
+    run.model.load_state_dict(training["model"])
+    for optimizer, state in zip(run.optimizers, training["optimizers"], strict=True):
+        # weight decay and betas come from the settings: they may have been typed anew
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(dict(state=state["state"], param_groups=groups))
+    run.step, run.log_bytes = training["step"], training["log_bytes"]
 
 
-def save(run: Run, s: Settings, stage: str, log) -> None:
+def save(run: Run, path: Path, log) -> None:
     """Writes the averaged weights and what a resumed run needs, once the log is on the disk."""
     log.flush()
     os.fsync(log.fileno())
-    training = dict(step=run.step, log_bytes=log.tell(), settings=asdict(s))
-    training |= dict(model=run.model.state_dict())
-    training |= dict(optimizers=[optimizer.state_dict() for optimizer in run.optimizers])
-    edlm.save_checkpoint(checkpoint_path(s.out, stage), run.ema, training=training, **run.facts)
+    training = dict(
+        step=run.step,
+        log_bytes=log.tell(),
+        model=run.model.state_dict(),
+        optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
+    )
+    edlm.save_checkpoint(path, run.average, training=training, **run.facts)
 
 
-def train_stage(s: Settings, stage: str, device, rank: int, world: int, caught: list) -> bool:
+def train_step(run: Run, s: Settings, micro_batches: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """One update of the weights and of their average: (loss, gradient norm before clipping).
+
+    A micro-batch is Long[B, L]. The loss is the mean over those of this process.
+    """
+    rank, world = processes()
+    mean = torch.zeros((), device=micro_batches[0].device)
+    for i, x0 in enumerate(micro_batches):
+        stream = (s.seed, run.step, i * world + rank)
+        torch.manual_seed(hash(stream) % 2**63)  # integers hash alike in every process
+        # several processes add up their gradients once a step, in the last backward pass
+        adds_up = world == 1 or i == len(micro_batches) - 1
+        with contextlib.nullcontext() if adds_up else run.net.no_sync():
+            with edlm.autocast(x0.device):
+                loss = run.loss(run.net, x0) / len(micro_batches)
+            loss.backward()
+        mean += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), s.grad_clip)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, run.stage, run.step)
+        optimizer.step()
+        optimizer.zero_grad()
+    update_average(run, s.ema)
+    run.step += 1
+    return mean, norm
+
+
+@torch.no_grad()
+def update_average(run: Run, decay: float) -> None:
+    """Moves the averaged weights a little towards the new ones."""
+    # the decay rises from 0: else the average of a short run would keep its random start
+    decay = min(decay, run.step / (9 + run.step))
+    for average, new in zip(run.average.parameters(), run.model.parameters(), strict=True):
+        average.lerp_(new, 1 - decay)
+
+
+@torch.no_grad()
+def validate(run: Run, s: Settings, held_out: data.Blocks, device) -> float:
+    """The loss of the averaged weights on the first --eval_blocks validation blocks."""
+    part = Subset(held_out, range(min(s.eval_blocks, len(held_out))))
+    loader = DataLoader(part, batch_size=max(1, 4096 // s.block_size))  # 4096 tokens at once
+    total = 0.0
+    for i, x0 in enumerate(data.progress(loader, desc="validation", leave=False, delay=1)):
+        torch.manual_seed(i)  # the same masks every time
+        with edlm.autocast(device):
+            total += len(x0) * run.loss(run.average, x0.to(device)).item()
+    return total / len(part)
+
+
+# ------------ 4. The loop -------------------------------------------------------------------------
+
+
+def train_stage(args, s: Settings, stage: str, device, caught: list) -> bool:
     """Trains one stage to its last step. True if it got there, False if a signal stopped it."""
-    blocks, held_out = (data.Blocks(s.data, split, s.block_size) for split in ("train", "val"))
-    run, last = begin(s, stage, blocks, device), getattr(s, f"{stage}_steps")
-    if run.step >= last:
+    blocks = data.Blocks(s.data, "train", s.block_size)
+    held_out = data.Blocks(s.data, "val", s.block_size)
+    run = begin(args, s, stage, blocks, device)
+    if run.step >= run.last:
         return True
-    if stage == "denoiser" and s.resume and (path := checkpoint_path(s.out, "energy")).exists():
-        if edlm.load_checkpoint(path)[1].get("denoiser") == edlm.fingerprint(run.ema):
-            raise ValueError(f"{path} corrects this denoiser as it is: move it away to go on")
-    model, on_gpu = run.model, device.type == "cuda"
-    micro = min(s.micro_batch, max(1, s.batch_size // world))
-    accumulate = s.batch_size // (micro * world)
-    part = dict(seed=s.seed, rank=rank, world=world, start_step=run.step)
-    order = data.BatchOrder(len(blocks), s.batch_size, micro, **part)
-    loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=on_gpu))
-    if on_gpu:  # shapes are fixed in the transformer: only the head sees the number of masks vary
-        for network in filter(None, (model, run.denoiser)):
-            network.transformer.compile(dynamic=False)
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    net.train()
-    if s.overwrite and rank == 0:  # later stages too: they must not be taken for the new run's
-        for later in STAGES[STAGES.index(stage) :] if s.stage == "all" else (stage,):
-            checkpoint_path(s.out, later).unlink(missing_ok=True)
-    Path(s.out).mkdir(parents=True, exist_ok=True)
-    log = open(os.devnull if rank > 0 else Path(s.out) / f"{stage}.jsonl", "a")
-    if rank == 0:  # the log goes no further than the checkpoint
-        log.truncate(min(run.log_bytes, log.tell()))
-    bar = dict(total=last, initial=run.step, desc=f"{stage:8}", unit="step", disable=rank > 0)
-    held_out_loss = lambda x0: training_loss(stage, run.ema, run.denoiser, x0).expand(len(x0))
-    shown, since, stopped = {}, (run.step, time.perf_counter()), False
-    with log, data.progress(**bar) as bar:
-        while run.step < last and not stopped:
-            rate = learning_rate(s, stage, run.step)
-            for group in (group for each in run.optimizers for group in each.param_groups):
-                group["lr"] = rate
-            loss = torch.zeros((), device=device)
-            for i in range(accumulate):
-                x0 = next(loader).to(device, non_blocking=True)
-                stream = (s.seed, run.step, i * world + rank)
-                torch.manual_seed(hash(stream) % 2**63)  # integers hash alike in every process
-                whole = world == 1 or i == accumulate - 1  # gradients are exchanged once a step
-                with contextlib.nullcontext() if whole else net.no_sync():
-                    with edlm.autocast(device):
-                        part = training_loss(stage, net, run.denoiser, x0) / accumulate
-                    part.backward()
-                loss += part.detach()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            for optimizer in run.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            # the decay rises from 0: else a short run's average would keep its random start
-            average = get_ema_multi_avg_fn(min(s.ema, run.step / (9 + run.step)))
-            average(list(run.ema.parameters()), list(model.parameters()), None)
-            run.step += 1
+    check_energy(args, run)
+    batches = read_batches(run, s, blocks, device)
+    prepare_networks(run, s, device)
+    if processes()[0] == 0:
+        claim_folder(args, s, stage)
+        log = open(Path(args.out, f"{stage}.jsonl"), "a")
+        log.truncate(min(run.log_bytes, log.tell()))  # it goes no further than the checkpoint
+    else:
+        log = open(os.devnull, "a")
+    with log:
+        train_loop(run, s, batches, held_out, log, checkpoint_path(args.out, stage), caught)
+    return run.step == run.last
+
+
+def train_loop(run: Run, s: Settings, batches, held_out, log, path: Path, caught: list) -> None:
+    """Steps, rows of the log, validations and checkpoints, until the last step or a signal."""
+    rank, world = processes()
+    shown, since = {}, (run.step, time.perf_counter())
+    form = dict(total=run.last, initial=run.step, desc=f"{run.stage:8}", unit="step")
+    with data.progress(disable=rank > 0, **form) as bar:
+        for micro_batches in batches:
+            loss, norm = train_step(run, s, micro_batches)
             bar.update()
-
-            saving = run.step % s.save_every == 0 or run.step == last
-            stopped = bool(caught) and world == 1
-            if saving or stopped or run.step % s.log_every == 0:
-                sums = torch.stack((loss / world, loss.new_tensor(len(caught))))
-                if world > 1:
-                    dist.all_reduce(sums)  # so all processes stop after the same step
-                loss, stopped = sums[0].item(), sums[1].item() > 0
-                if not math.isfinite(loss + norm):  # a bad gradient is in the weights already
-                    what = f"loss {loss:g}, gradient norm {norm:g} at step {run.step}"
-                    raise ValueError(f"{stage}: {what}; the last checkpoint is kept: lower --lr")
-                tokens, now = s.batch_size * s.block_size, time.perf_counter()
-                speed = (run.step - since[0]) * tokens / (now - since[1])
-                shown |= dict(loss=f"{loss:.3f}", tok_s=f"{speed:,.0f}")
-                if on_gpu:
-                    shown |= dict(mem=f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB")
-                row = dict(step=run.step, tokens=run.step * tokens, loss=loss, lr=rate)
-                row |= dict(grad_norm=float(norm), tokens_per_second=round(speed))
-                log.write(json.dumps(row) + "\n")
-                since = (run.step, time.perf_counter())
+            saving = run.step % s.save_every == 0 or run.step == run.last
+            stopping = bool(caught) and world == 1  # several processes agree at the next row
+            if not (saving or stopping or run.step % s.log_every == 0):
+                continue
+            loss, stopping = over_processes(loss, caught)
+            row = make_row(run, s, loss, norm.item(), since)
+            log.write(json.dumps(row) + "\n")
+            shown |= dict(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_second']:,}")
+            if norm.is_cuda:
+                shown["mem"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"
             if rank == 0 and saving:
-                loss = score_blocks("validation", held_out_loss, held_out, s, device).mean().item()
-                shown |= dict(val=f"{loss:.3f}")
-                log.write(json.dumps(dict(step=run.step, val_loss=loss)) + "\n")
+                val_loss = validate(run, s, held_out, norm.device)
+                log.write(json.dumps(dict(step=run.step, val_loss=val_loss)) + "\n")
+                shown["val"] = f"{val_loss:.3f}"
             bar.set_postfix(shown, refresh=False)
-            if rank == 0 and (saving or stopped):
-                save(run, s, stage, log)
-    return run.step == last
+            if rank == 0 and (saving or stopping):
+                save(run, path, log)
+            if stopping:
+                return
+            since = (run.step, time.perf_counter())  # the speed is that of training alone
 
 
-def start_processes(name: str) -> tuple[torch.device, int, int]:
-    """(device, rank, number of processes); joins the process group if torchrun started us."""
-    device, world = edlm.pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return device, 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), world
+def read_batches(run: Run, s: Settings, blocks: data.Blocks, device):
+    """An iterator over the steps left to do: this process's micro-batches, a list of Long[B, L]."""
+    rank, world = processes()
+    size = min(s.micro_batch, max(1, s.batch_size // world))
+    place = dict(rank=rank, world=world, start_step=run.step)
+    order = data.BatchOrder(len(blocks), s.batch_size, size, seed=s.seed, **place)
+    loader = iter(DataLoader(blocks, batch_sampler=order, pin_memory=device.type == "cuda"))
+    count = s.batch_size // (size * world)
+    return (
+        [next(loader).to(device, non_blocking=True) for _ in range(count)]
+        for _ in range(run.step, run.last)
+    )
+
+
+def check_energy(args, run: Run) -> None:
+    """Raises ValueError if an energy there would lose the denoiser that it corrects."""
+    path = checkpoint_path(args.out, "energy")
+    if run.stage == "denoiser" and args.resume and path.exists():
+        _, content = edlm.load_checkpoint(path)
+        if content.get("denoiser") == edlm.fingerprint(run.average):
+            raise ValueError(f"{path} corrects this denoiser as it is: move it away to go on")
+
+
+def prepare_networks(run: Run, s: Settings, device) -> None:
+    """Compiles the blocks if that is wanted, and lets several processes share the model."""
+    run.model.train()
+    if s.compile == "yes" or (s.compile == "cuda" and device.type == "cuda"):
+        print("the first step takes a minute: the blocks are compiled")
+        for network in filter(None, (run.model, run.denoiser)):
+            for block in network.transformer.blocks:
+                block.compile(dynamic=False)  # the sizes in a block never change
+    if processes()[1] > 1:
+        run.net = DistributedDataParallel(run.model, broadcast_buffers=False)
+
+
+def claim_folder(args, s: Settings, stage: str) -> None:
+    """Writes settings.json, and removes what --overwrite is to replace."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.overwrite:  # later stages too: they must not be taken for the new run's
+        asked = asked_stages(args)
+        for later in asked[asked.index(stage) :]:
+            checkpoint_path(args.out, later).unlink(missing_ok=True)
+    data.write_json(Path(args.out, "settings.json"), asdict(s))
+
+
+def over_processes(loss: torch.Tensor, caught: list) -> tuple[float, bool]:
+    """(the mean loss, whether one was told to stop): so all of them stop after the same step."""
+    sums = torch.stack((loss, loss.new_tensor(len(caught))))
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss_sum, signals = sums.tolist()
+    return loss_sum / processes()[1], signals > 0
+
+
+def make_row(run: Run, s: Settings, loss: float, norm: float, since: tuple) -> dict:
+    """A row of the log; since: a step and its time. Raises ValueError if the run has diverged."""
+    if not math.isfinite(loss + norm):  # a bad gradient is in the weights already
+        what = f"loss {loss:g}, gradient norm {norm:g} at step {run.step}"
+        raise ValueError(f"{run.stage}: {what}; the last checkpoint is kept: lower --lr")
+    step, begun = since
+    tokens = s.batch_size * s.block_size  # of a step
+    return dict(
+        step=run.step,
+        tokens=run.step * tokens,
+        loss=loss,
+        lr=learning_rate(s, run.stage, run.step - 1),
+        grad_norm=norm,
+        tokens_per_second=round((run.step - step) * tokens / (time.perf_counter() - begun)),
+    )
+
+
+# ------------ 5. All stages, one process or many --------------------------------------------------
+
+
+def processes() -> tuple[int, int]:
+    """(the number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start_processes(name: str) -> torch.device:
+    """The device of this process, which joins the others if torchrun started it."""
+    device = edlm.pick_device(name)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def barrier() -> None:
+    """Waits for the other processes."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 @contextlib.contextmanager
 def caught_signals():
-    """Collects Ctrl-C and SIGTERM in a list for the loop to see, so that it can save and stop."""
+    """Collects Ctrl-C and SIGTERM in a list for the loop to see, so that it can save and stop.
+
+    A second Ctrl-C ends at once. Outside the main thread Python allows no handlers: none is set.
+    """
     caught, handlers = [], {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
+
+    def catch(number, frame):
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
@@ -413,148 +606,236 @@ def caught_signals():
             signal.signal(number, handler)
 
 
-def train(s: Settings) -> None:
-    """All asked-for stages in order, then the table. Never overwrites a run unless told to."""
-    stages = STAGES if s.stage == "all" else (s.stage,)
-    old = [path for stage in stages if (path := checkpoint_path(s.out, stage)).exists()]
-    if old and not (s.resume or s.overwrite):
-        raise ValueError(f"{old[0]} exists: --resume, --overwrite, or another --out")
-    device, rank, world = start_processes(s.device)
-    if rank == 0 and s.data == PRESETS["toy"]["data"]:
-        data.make_toy(s.data)
-    if world > 1:
-        dist.barrier()
+def train(args, s: Settings) -> None:
+    """All asked-for stages in order, then the table."""
+    stages = stages_to_do(args)
+    device = start_processes(args.device)
+    rank, world = processes()
     if rank == 0:
-        print(f"{s.data} -> {s.out} on {device}" + f" and {world - 1} more" * (world > 1))
+        if s.data == PRESETS["toy"]["data"]:
+            data.make_toy(s.data)
+        print(f"{s.data} -> {args.out} on {device}" + f" and {world - 1} more" * (world > 1))
+    barrier()
+    finished = True
     with caught_signals() as caught:
         for stage in stages:
-            finished = train_stage(s, stage, device, rank, world, caught)
-            if world > 1:
-                dist.barrier()  # rank 0 has saved: now the next stage may read it
-            if not finished:
-                break
+            finished = finished and train_stage(args, s, stage, device, caught)
+            barrier()  # rank 0 has saved: now the next stage may read it
     if rank == 0 and finished:
-        print_table(evaluate(replace(s, passes=8, steps=()), device))
-        print(f"next: python sample.py --out {s.out}    python train.py --eval --out {s.out}")
+        print_table(args.out, s)
     if world > 1:
-        dist.barrier()  # nobody leaves before rank 0: torch would end the others
+        barrier()  # nobody leaves before rank 0: torch would end the others
         dist.destroy_process_group()
     if not finished:
         if rank == 0:
-            print(f"stopped and saved: go on with --resume --out {s.out}", file=sys.stderr)
+            again = f"--resume --out {args.out}" + f" --stage {args.stage}" * (args.stage != "all")
+            print(f"stopped and saved: go on with {again}", file=sys.stderr)
         raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
 
 
-# ------------ Perplexity --------------------------------------------------------------------------
+def stages_to_do(args) -> list[str]:
+    """The stages that this command trains. Raises ValueError if it would overwrite one untold.
 
-
-def estimators(models: dict, s: Settings) -> list[tuple]:
-    """A row of the table each: (name, what it is, function of x0, candidates k where n decides).
-
-    The functions give nats per sequence, Float[B]; without --steps there is no row with an energy.
+    Published weights count as a finished stage, unless their stage is asked for by its name.
     """
-    rows, denoiser = [], models.get("denoiser")
-    if "ar" in models:
-        rows.append(("AR", "exact", lambda x0: -models["ar"].log_prob(x0).sum(dim=1), None))
-    if denoiser is None:
-        return rows
-    form = dict(mask_id=denoiser.config.mask_id)
-    rows.append(("MDLM", "bound", partial(edlm.nelbo, denoiser, **form), None))
-    trained = {name: title for name, (stage, title) in edlm.ENERGIES.items() if stage in models}
-    judges = {title: edlm.make_energy(name, models) for name, title in trained.items()}
-    form["n"] = s.n
-    for T in s.steps:
-        bound = partial(edlm.sampler_nelbo, denoiser, steps=T, **form)
-        rows.append((f"MDLM T={T}", "bound", partial(bound, energy=None, k=1), None))
-        for k, (title, energy) in itertools.product(s.k, judges.items()):
-            rows.append((f"{title} T={T} k={k}", "bound", partial(bound, energy=energy, k=k), k))
-    for title, energy in judges.items() if s.steps else ():
-        for end in ("exact",) if title == "EDLM-coAR" else ("lower", "upper"):
-            joint = partial(edlm.joint_nelbo, denoiser, energy=energy, log_partition=end, **form)
-            rows.append((f"{title} joint, log Z {end}", "estimate", joint, None))
-    return rows
+    stages = []
+    for stage in asked_stages(args):
+        path = checkpoint_path(args.out, stage)
+        if path.exists() and not (args.resume or args.overwrite):
+            raise ValueError(f"{path} exists: --resume, --overwrite, or another --out")
+        if path.exists() and args.resume and args.stage == "all":
+            _, content = edlm.load_checkpoint(path)
+            if "training" not in content:
+                continue
+        stages.append(stage)
+    return stages
 
 
-@torch.no_grad()
-def evaluate(s: Settings, device) -> list[dict]:
-    """Rows of the perplexity table for the checkpoints in --out. ValueError if data do not fit."""
-    found = [x for x in STAGES if checkpoint_path(s.out, x).exists() and (s.steps or x != "energy")]
-    models, tokenizer = edlm.load_models(s.out, found, device)
-    config, is_text, rows = models[found[0]].config, Path(s.data).is_file(), []
-    if is_text:
-        encoding = data.get_tokenizer(tokenizer)
-        blocks = data.text_blocks(s.data, encoding, config.block_size, s.detokenize or None)
+def print_table(out: str, s: Settings) -> None:
+    """The last validation losses of the two language models, beside the entropy of the toy's."""
+    rows = []
+    if data.Blocks(s.data, "val", s.block_size).tokenizer == "toy":
+        rows.append(("language (floor)", data.toy_entropy() / (s.block_size - 1)))
+    for stage, name in (("ar", "AR"), ("denoiser", "MDLM (bound)")):
+        path = Path(out, f"{stage}.jsonl")
+        lines = path.read_text().splitlines() if path.exists() else []
+        losses = [json.loads(line)["val_loss"] for line in lines if "val_loss" in line]
+        rows += [(name, loss) for loss in losses[-1:]]
+    print(f"\n{'validation':20}{'nats per token':>16}{'perplexity':>14}")
+    for name, nats in rows:
+        print(f"{name:20}{nats:>16.4f}{math.exp(nats):>14.3f}")
+    print(f"\nnext: python sample.py --out {out}    python sample.py --eval --out {out}")
+
+
+# ------------ 6. Published weights ----------------------------------------------------------------
+# The networks of MDLM, its AR baseline and EDLM-NCE are ours, but for two things that fold away.
+# (a) Adaptive norms. Each norm is followed by h * (1 + scale) + shift, and each branch of a block
+#     is multiplied by a gate before it is added. All three are linear in the embedded noise level,
+#     so that one network can act differently at different levels. But the published networks are
+#     always given level 0. So scale, shift and gate are constants, and constants can be multiplied
+#     into the weights: scale and shift into the norm, the gate into the branch's last layer.
+# (b) EDLM's energy applies a linear layer, averages over positions, and applies another linear
+#     layer. Averaging is linear, so the two layers are one.
+
+NAMES = {  # parts of their names and what we call them, replaced in this order
+    "output_layer.": "",
+    "linear": "head",
+    "norm_final": "transformer.norm",
+    "vocab_embed.embedding": "transformer.embed.weight",
+    "vocab_proj": "join_x0",
+    "blocks": "transformer.blocks",
+    "attn_qkv": "qkv",
+    "energy_head": "mlp",
+    "mlp.0": "mlp_in",
+    "mlp.2": "mlp_out",
+}
+
+
+class Inert:
+    """Stands for every class that a pickle names, except tensors and plain containers."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read_published(path) -> dict[str, torch.Tensor]:
+    """The tensors of a file: the average (EMA) if it has one, and of EDLM's those of the energy."""
+    if str(path).endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        content = load_file(path)
+    else:  # a pickle may name any function to be called: torch calls only those allowed here
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        allowed = [(Inert, name) for name in names if name != "collections.defaultdict"]
+        with torch.serialization.safe_globals(
+            [*allowed, (lambda *_: {}, "collections.defaultdict")]
+        ):
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    w = content.get("state_dict", content)
+    w = {name.removeprefix("backbone."): value for name, value in w.items()}
+    energy = {name.removeprefix("ebm."): w[name] for name in w if name.startswith("ebm.")}
+    w = energy or w
+    if content.get("ema"):  # a list in the order of the parameters, which inv_freq is not
+        names = [name for name in w if name != "rotary_emb.inv_freq"]
+        w |= zip(names, content["ema"]["shadow_params"], strict=True)
+    return w
+
+
+def rename(w: dict) -> dict:
+    """Published tensors under our names, in float64."""
+    renamed = {}
+    for name, value in w.items():
+        for theirs, ours in NAMES.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = value.double()
+    return renamed
+
+
+def fold_energy_head(w: dict) -> None:
+    """(b): one linear layer of two. And the layer that joins two embeddings becomes two halves."""
+    w["mlp_in.bias"] += w["mlp_in.weight"] @ w.pop("head.bias")
+    w["mlp_in.weight"] = w["mlp_in.weight"] @ w.pop("head.weight")
+    w["join_xt.weight"], w["join_x0.weight"] = w["join_x0.weight"].chunk(2, dim=1)
+
+
+def fold_adaptive_norms(w: dict, n_layer: int) -> None:
+    """(a): scale, shift and gate at noise level 0 are multiplied into the weights around them."""
+
+    def linear(name: str, h: torch.Tensor) -> torch.Tensor:
+        return F.linear(h, w.pop(f"{name}.weight"), w.pop(f"{name}.bias"))
+
+    def fold(norm: str, shift: torch.Tensor, scale: torch.Tensor) -> None:
+        w[f"{norm}.weight"] = w[f"{norm}.weight"] * (1 + scale)
+        w[f"{norm}.bias"] = shift  # the published norms have no bias
+
+    level = (torch.arange(256) < 128).double()  # 128 cosines of 0, then 128 sines of 0
+    level = F.silu(linear("sigma_map.mlp_out", F.silu(linear("sigma_map.mlp_in", level))))
+    for block in (f"transformer.blocks.{i}" for i in range(n_layer)):
+        constants = linear(f"{block}.adaLN_modulation", level).chunk(6)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = constants
+        fold(f"{block}.norm1", shift_a, scale_a)
+        fold(f"{block}.norm2", shift_m, scale_m)
+        w[f"{block}.attn_out.weight"] *= gate_a[:, None]
+        w[f"{block}.mlp_out.weight"] *= gate_m[:, None]
+        w[f"{block}.mlp_out.bias"] *= gate_m
+    fold("transformer.norm", *linear("adaLN_modulation", level).chunk(2))
+
+
+def convert(w: dict, block_size: int) -> torch.nn.Module:
+    """A published network as ours; raises an error of some kind if it is something else."""
+    w = rename(w)
+    rows, d = w["transformer.embed.weight"].shape  # the last row is the mask's
+    head_size = 2 * len(w.pop("rotary_emb.inv_freq", range(32)))  # 64 if it does not say
+    n_layer = sum(name.endswith("norm1.weight") for name in w)
+    config = edlm.Config(rows - 1, block_size, n_layer, d // head_size, d)
+    if "join_x0.weight" in w:
+        kind = "energy"
+        fold_energy_head(w)
     else:
-        blocks = data.Blocks(s.data, "val", config.block_size)
-        if blocks.tokenizer != tokenizer:
-            raise ValueError(f"{s.data} holds {blocks.tokenizer} tokens, {s.out} needs {tokenizer}")
-    if tokenizer == "toy" and not is_text:
-        floor = torch.tensor([data.toy_entropy()])
-        rows.append(table_row("language (floor)", "exact", floor, config, tokenizer))
-    for name, what, score, k in estimators(models, s):
-        once = replace(s, passes=1) if what == "exact" else s  # it has no masks to draw again
-        nats = score_blocks(name, score, blocks, once, device)
-        rows.append(table_row(name, what, nats, config, tokenizer))
-        if k and k <= s.n // 4:  # does the bound still fall?
-            nats = score_blocks(f"{name}, n/4", partial(score, n=s.n // 4), blocks, s, device)
-            rows[-1]["with_quarter_n"] = nats.mean().item() / (config.block_size - 1)
-    return rows
+        kind = "denoiser" if "sigma_map.mlp_in.weight" in w else "ar"
+        head = w["head.weight"], w["head.bias"]
+        w["head.weight"], w["head.bias"] = pad_head(*head, config.vocab_size)
+    if kind == "ar":  # its norms are plain
+        w |= {name.replace("weight", "bias"): torch.zeros(d) for name in w if "norm" in name}
+    else:
+        fold_adaptive_norms(w, n_layer)
+    model = edlm.KINDS[kind](config)
+    model.load_state_dict(w)
+    if not all(value.isfinite().all() for value in model.parameters()):
+        raise ValueError("some weights are not finite")
+    return model.eval()
 
 
-def table_row(name, what, nats: torch.Tensor, config: edlm.Config, tokenizer: str) -> dict:
-    """Means over blocks of nats Float[blocks], their standard error, perplexity per scored token.
-
-    Bits per character spread a block's bits over its L - 2 characters, without the end of text.
-    """
-    M = config.block_size - 1
-    nats = nats.double() / M
-    error = nats.std().item() / len(nats) ** 0.5 if len(nats) > 1 else 0.0
-    row = dict(model=name, what=what, nats_per_token=nats.mean().item(), standard_error=error)
-    row |= dict(perplexity=nats.mean().exp().item(), sequences=len(nats), tokens=len(nats) * M)
-    if tokenizer in ("bytes", "text8"):
-        row["bits_per_character"] = nats.mean().item() * M / (M - 1) / math.log(2)
-    return row
+def pad_head(weight: torch.Tensor, bias: torch.Tensor, V: int) -> tuple:
+    """Without the mask's row, and with unused ones up to a multiple of 64: see `edlm.Head`."""
+    unused = -V % 64
+    weight = F.pad(weight[:V], (0, 0, 0, unused))
+    return weight, F.pad(bias[:V], (0, unused), value=-1e30)
 
 
-def print_table(rows: list[dict]) -> None:
-    """The table on the screen."""
-    columns = dict(sequences=",", nats_per_token=".4f", standard_error=".4f", perplexity=".3f")
-    columns |= dict(bits_per_character=".3f", with_quarter_n=".4f")
-    columns = {key: form for key, form in columns.items() if any(key in row for row in rows)}
-    print("\n" + " " * 40 + "".join(f"{key.replace('_', ' '):>20}" for key in columns))
-    for row in rows:
-        cells = (format(row[key], form) if row.get(key) else "" for key, form in columns.items())
-        print(f"{row['model']:31}{row['what']:9}" + "".join(f"{cell:>20}" for cell in cells))
-    print()
+def load_published(path, block_size: int = 1024) -> torch.nn.Module:
+    """A published MDLM, AR or EDLM-NCE network as one of ours. ValueError for any other file."""
+    try:
+        return convert(read_published(path), block_size)
+    except ImportError:
+        raise ValueError(f"to read {path}: pip install safetensors") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} is no published network: {error!r:.150}") from error
 
 
-def import_weights(s: Settings) -> None:
+def import_weights(args, s: Settings) -> None:
     """Published weights as a finished stage of --out; an energy needs its denoiser there first."""
-    model, facts = edlm.load_reference(s.import_, s.block_size), dict(tokenizer="gpt2")
-    check_same(s.import_, asdict(model.config), dict(vocab_size=50257))  # GPT-2's
+    model = load_published(args.file, s.block_size)
+    facts = dict(tokenizer="gpt2")
+    check_same(args.file, asdict(model.config), dict(vocab_size=50257))  # GPT-2's
     stage = next(name for name in STAGES if type(model) is edlm.KINDS[name])
-    if (path := checkpoint_path(s.out, stage)).exists() and not s.overwrite:
+    path = checkpoint_path(args.out, stage)
+    if path.exists() and not args.overwrite:
         raise ValueError(f"{path} exists: --overwrite, or another --out")
     if stage == "energy":
-        denoiser, _ = edlm.load_checkpoint(checkpoint_path(s.out, "denoiser"))
+        denoiser, _ = edlm.load_checkpoint(checkpoint_path(args.out, "denoiser"))
         facts["denoiser"] = edlm.fingerprint(denoiser)
     path.parent.mkdir(parents=True, exist_ok=True)
+    shape = asdict(model.config)
+    shape.pop("vocab_size")
+    data.write_json(path.with_name("settings.json"), asdict(s) | shape)
     edlm.save_checkpoint(path, model, **facts)
-    print(f"{s.import_} -> {path}")
+    print(f"{args.file} -> {path}")
 
 
 def main(argv=None) -> None:
     """The command line: `python train.py --help`."""
-    s = parse(argv)
-    if not s.eval:
-        return import_weights(s) if s.import_ else train(s)
-    if s.json:
-        data.check_target(s.json)
-    rows = evaluate(s, edlm.pick_device(s.device))
-    print_table(rows)
-    if s.json:
-        data.write_json(s.json, dict(settings=asdict(s), rows=rows))
+    args, s = parse(argv)
+    if args.file:
+        import_weights(args, s)
+    else:
+        train(args, s)
 
 
 if __name__ == "__main__":
-    data.run("train.py", main)
+    data.run(main)
