@@ -1957,7 +1957,7 @@ def test_eval_in_one_of_several_processes(here, monkeypatch):
 class Outside(torch.nn.Module):
     """Both parts of a causal LM: a token for every two characters, its law a table of bigrams."""
 
-    eos_token_id, bos_token_id = 50256, None
+    eos_token_id, bos_token_id = 50256, 0
     device, config = torch.device("cpu"), SimpleNamespace(vocab_size=50257)
     from_pretrained = classmethod(lambda cls, name: cls())
 
@@ -1996,9 +1996,9 @@ def test_sample_outside_energy_reads_text(here, outside):
     E = lm.energy(torch.tensor([rows]), x_t, log_q)
     end = 50256
     read = [
-        [end, ord("a"), ord("c"), ord("e"), ord("?"), end],
-        [end, ord("a"), ord("c"), end, end, ord("z"), end, end],
-        [end, ord("a"), ord("b"), *[end] * 5],
+        [0, ord("a"), ord("c"), ord("e"), ord("?"), end],
+        [0, ord("a"), ord("c"), end, end, ord("z"), end, end],
+        [0, ord("a"), ord("b"), *[end] * 5],
     ]
     expected = torch.tensor(
         [[q + Outside.cost(ids) for q, ids in zip(log_q[0], read, strict=True)]]
@@ -2029,7 +2029,7 @@ def test_sample_outside_energy_passes_gpt2_ids(outside, monkeypatch):
 def test_sample_and_eval_with_an_outside_model(here, outside, capsys, monkeypatch):
     (row,) = figures("sample.py --energy hf:any --judge any --num 2 --steps 2 --k 2").values()
     assert row["name"] == "EDLM-hf T=2 k=2" and 1 <= row["ess"] <= 2
-    read = [[50256, *(ord(character) for character in text[::2])] for text in row["texts"]]
+    read = [[0, *(ord(character) for character in text[::2])] for text in row["texts"]]
     tokens = sum(len(ids) - 1 for ids in read)
     perplexity = math.exp(sum(map(Outside.cost, read)) / tokens)
     assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-3)
@@ -2040,7 +2040,7 @@ def test_sample_and_eval_with_an_outside_model(here, outside, capsys, monkeypatc
     refuses(capsys, "sample.py --energy hf:any --num 2", "any reads 10")
     # the judge reads as much of each text as it can
     (row,) = figures("sample.py --energy none --judge any --num 2").values()
-    read = [[50256, *(ord(character) for character in text[:18:2])] for text in row["texts"]]
+    read = [[0, *(ord(character) for character in text[:18:2])] for text in row["texts"]]
     perplexity = math.exp(sum(map(Outside.cost, read)) / 18)
     assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-3)
 
