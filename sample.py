@@ -8,8 +8,9 @@
     python sample.py --compare --steps 4,8,inf --k 4,16    the figures of every combination
     python sample.py --eval --steps 4,8 --k 4,16           how likely each of them draws real text
 
-A setting is a model with its energy, its number of steps T, its number of candidates k and its
-window. --compare draws from a setting and --eval scores text with it, under the same name.
+A setting is a model with its energy, its number of steps T (inf: one token at a time), its number
+of candidates k and its window. --compare draws from a setting and --eval scores text with it, under
+the same name.
 
 The figures of a setting: "passes in turn" are the network passes of one text that wait for each
 other. "in all" also counts the candidates that are judged side by side. Then come the fraction of
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import tiktoken
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -84,18 +86,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--compare", action="store_true", help="only the figures, of every energy")
     what.add_argument("--eval", action="store_true", help="score text instead of drawing it")
 
-    add = parser.add_argument_group("what is drawn from or scored").add_argument
-    help = "default: diffusion. To the AR model the other flags of this group do not matter"
-    add("--model", choices=("diffusion", "ar"), default="diffusion", help=help)
-    help = "none, ar, coar or nce; exact: coAR without k and T; hf:NAME: a causal LM, read by the "
-    help += "package transformers (default: none and the best trained; to compare, all)"
-    add("--energy", type=energy_name, help=help)
-    help = "diffusion steps T, or a list; inf: one token at a time (default: 2; --eval: 2,4,8)"
-    add("--steps", type=step_numbers, help=help)
+    about = "only --model matters to the AR model, and only --energy to an exact draw"
+    add = parser.add_argument_group("what is drawn from or scored", about).add_argument
+    add("--model", choices=("diffusion", "ar"), default="diffusion", help="default: diffusion")
+    add(
+        "--energy",
+        type=energy_name,
+        help="none, ar, coar or nce; exact: coAR, without T and k; hf:NAME: a causal LM, read by "
+        "the package transformers (default: none and the best trained; to compare, all)",
+    )
+    add("--steps", type=step_numbers, help="T, or a list as 4,8,inf (default: 2; --eval: 2,4,8)")
     add("--k", type=numbers, help="candidates per step, or a list (default: 16; --eval: 4,16)")
     add("--window", type=float, default=1.0, help="judge while t > 1 - window (default: 1)")
-    help = "noise schedule; --eval knows the linear one (default: linear)"
-    add("--schedule", choices=("linear", "cosine"), default="linear", help=help)
+    add("--schedule", choices=("linear", "cosine"), default="linear", help="default: linear")
 
     group = parser.add_argument_group("drawing")
     add = group.add_argument
@@ -110,10 +113,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("--eval").add_argument
     add("--data", help="data folder or text file (default: the validation data of the run)")
     add("--blocks", type=number, default=64, help="how many blocks are scored (default: 64)")
-    help = "draws for each expectation over candidates (default: 128)"
-    add("--n", type=number, default=128, help=help)
-    help = "of a text file: undo the tokenisation of this corpus"
-    add("--detokenize", choices=tuple(data.DETOKENIZERS), help=help)
+    add("--n", type=number, default=128, help="draws for each expectation (default: 128)")
+    corpora = tuple(data.DETOKENIZERS)
+    add("--detokenize", choices=corpora, help="of a text file: undo this corpus' tokenisation")
 
     args = parser.parse_args(argv)
     args.steps = args.steps or ([2, 4, 8] if args.eval else [2])
@@ -128,6 +130,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # ------------ 2. Checkpoints, and the settings to use them with -----------------------------------
+
+
+@dataclass
+class Run:
+    """What is in the folder of a run, as far as it is needed."""
+
+    models: dict[str, torch.nn.Module]  # by stage: denoiser, ar, energy
+    config: edlm.Config  # its vocabulary and block size are those of all models
+    tokenizer: tiktoken.Encoding
+    device: torch.device
+
+
+def load(args) -> Run:
+    """Raises what `edlm.load_models` raises, and ValueError for a tokenizer of another size."""
+    device = edlm.pick_device(args.device)
+    needed = {"ar"} if args.model == "ar" else {"denoiser"}
+    if args.energy == "exact":
+        needed.add("ar")
+    if args.energy in edlm.ENERGIES:
+        needed.add(edlm.ENERGIES[args.energy][0])
+    # The AR model judges whatever is drawn, so it is welcome where it is not needed.
+    welcome = {"ar"} if args.energy or args.model == "ar" else set(edlm.KINDS)
+    found = {stage for stage in welcome if (Path(args.out) / f"{stage}.pt").exists()}
+    stages = [stage for stage in edlm.KINDS if stage in needed | found]
+    models, name = edlm.load_models(args.out, stages, device)
+    config, tokenizer = models[stages[0]].config, data.get_tokenizer(name)
+    if config.vocab_size != tokenizer.n_vocab:
+        sizes = f"{config.vocab_size} tokens, its tokenizer {name} has {tokenizer.n_vocab}"
+        raise ValueError(f"{args.out}/{stages[0]}.pt has {sizes}: train it on tokens of data.py")
+    return Run(models, config, tokenizer, device)
 
 
 @dataclass(frozen=True)
@@ -150,49 +182,27 @@ class Setting:
         return f"{self.model} T={self.steps or 'inf'}{candidates}"
 
 
-def load(args):
-    """(models by stage, tokenizer, device). Raises what `edlm.load_models` raises."""
-    device = edlm.pick_device(args.device)
-    needed = {"ar"} if args.model == "ar" else {"denoiser"}
-    if args.energy == "exact":
-        needed.add("ar")
-    if args.energy in edlm.ENERGIES:
-        needed.add(edlm.ENERGIES[args.energy][0])
-    # The AR model judges whatever is drawn, so it is welcome where it is not needed.
-    welcome = {"ar"} if args.energy or args.model == "ar" else set(edlm.KINDS)
-    found = {stage for stage in welcome if (Path(args.out) / f"{stage}.pt").exists()}
-    stages = [stage for stage in edlm.KINDS if stage in needed | found]
-    models, name = edlm.load_models(args.out, stages, device)
-    tokenizer = data.get_tokenizer(name)
-    V = models[stages[0]].config.vocab_size
-    if V != tokenizer.n_vocab:
-        sizes = f"{V} tokens, its tokenizer {name} has {tokenizer.n_vocab}"
-        raise ValueError(f"{args.out}/{stages[0]}.pt has {sizes}: train it on tokens of data.py")
-    return models, tokenizer, device
-
-
-def load_energies(args, models: dict, tokenizer, device) -> dict[str, Callable]:
+def load_energies(args, run: Run) -> dict[str, Callable]:
     """The energies that are asked for, by their names in the paper."""
     if args.model == "ar":
         return {}
     if args.energy and args.energy.startswith("hf:"):
-        outside = OutsideLM(args.energy.removeprefix("hf:"), tokenizer, device)
-        return {"EDLM-hf": outside.energy}
-    names = [name for name, (stage, _) in edlm.ENERGIES.items() if stage in models]
+        return {"EDLM-hf": OutsideLM(args.energy.removeprefix("hf:"), run).energy}
+    names = [name for name, (stage, _) in edlm.ENERGIES.items() if stage in run.models]
     if args.energy:
         names = [name for name in names if name == args.energy]
     elif not (args.compare or args.eval):
         names = names[-1:]  # the best
-    return {edlm.ENERGIES[name][1]: edlm.make_energy(name, models) for name in names}
+    return {edlm.ENERGIES[name][1]: edlm.make_energy(name, run.models) for name in names}
 
 
-def list_settings(args, models: dict, energies: dict[str, Callable]) -> list[Setting]:
+def list_settings(args, run: Run, energies: dict[str, Callable]) -> list[Setting]:
     """What to draw from or to score with, in the order of the tables."""
     if args.model == "ar":
         return [Setting("AR")]
     several = args.compare or args.eval
     settings = []
-    if several and "ar" in models and args.infill is None:  # AR sees nothing right of a gap
+    if several and "ar" in run.models and args.infill is None:  # AR sees nothing right of a gap
         settings.append(Setting("AR"))
     diffusion = partial(Setting, window=args.window, schedule=args.schedule)
     for steps in args.steps:
@@ -200,7 +210,7 @@ def list_settings(args, models: dict, energies: dict[str, Callable]) -> list[Set
             settings.append(diffusion("MDLM", steps=steps))
         for model, energy in energies.items():
             settings += [diffusion(model, energy, steps, k) for k in args.k]
-    if args.energy == "exact" or (several and args.energy is None and "ar" in models):
+    if args.energy == "exact" or (several and args.energy is None and "ar" in run.models):
         settings.append(Setting(EXACT))
     return settings
 
@@ -208,13 +218,13 @@ def list_settings(args, models: dict, energies: dict[str, Callable]) -> list[Set
 # ------------ 3. Drawing --------------------------------------------------------------------------
 
 
-def start_state(args, config: edlm.Config, tokenizer) -> Tensor:
+def start_state(args, run: Run) -> Tensor:
     """Long[L]: [EOT], given tokens, and the mask where one is wanted. ValueError if too long."""
-    mask, eot, L = config.mask_id, tokenizer.eot_token, config.block_size
-    words = tokenizer.name in ("gpt2", "toy")  # their tokens carry the space before a word
+    mask, eot, L = run.config.mask_id, run.tokenizer.eot_token, run.config.block_size
+    words = run.tokenizer.name in ("gpt2", "toy")  # their tokens carry the space before a word
 
     def encode(text: str) -> list[int]:
-        return data.encode(tokenizer, text.rstrip(" ") if words else text)
+        return data.encode(run.tokenizer, text.rstrip(" ") if words else text)
 
     if args.infill is None:
         tokens = [eot, *encode(args.prompt or "")]
@@ -234,10 +244,9 @@ def start_state(args, config: edlm.Config, tokenizer) -> Tensor:
     return torch.tensor(tokens)
 
 
-def states(
-    setting: Setting, models: dict, x: Tensor, mask_id: int, generator
-) -> Iterator[edlm.SampleState]:
+def states(run: Run, setting: Setting, x: Tensor, generator) -> Iterator[edlm.SampleState]:
     """The states of x Long[B, L] on its way to texts of a setting; the last one holds them."""
+    mask_id, models = run.config.mask_id, run.models
     if setting.model == "AR":
         yield from ar_states(models["ar"], x, mask_id, generator)
     elif setting.model == EXACT:
@@ -266,23 +275,27 @@ def ar_states(ar, x: Tensor, mask_id: int, generator) -> Iterator[edlm.SampleSta
     yield edlm.SampleState(text, zero, zero / zero, passes, passes)
 
 
+def default_batch(run: Run, L: int) -> int:
+    """How many texts of length L are worked on at once: as many as BATCH_BYTES hold."""
+    hidden, logits = 16 * run.config.n_embd, 2 * run.config.vocab_size  # floats of a token
+    return max(1, BATCH_BYTES[run.device.type] // (4 * (hidden + logits) * L))
+
+
 def draw(
-    setting: Setting, models: dict, start: Tensor, num: int, batch: int, seed: int, watch=None
+    run: Run, setting: Setting, start: Tensor, num: int, batch: int, seed: int, watch=None
 ) -> tuple[Tensor, dict]:
     """`num` texts Long[num, L] of a setting, and the figures that say what they took.
 
-    `start` is their start state Long[L]. `watch`, if any, is called with each state of the first
-    batch.
+    `start` Long[L] is where every text begins. `watch`, if there is one, is called with each state
+    of the first batch.
     """
-    some = next(iter(models.values()))
-    mask_id, device = some.config.mask_id, some.transformer.cos.device
-    generator = torch.Generator(device).manual_seed(seed % 2**63)
+    generator = torch.Generator(run.device).manual_seed(seed % 2**63)
     ends, ess = [], []
     begun = time.perf_counter()
-    with edlm.autocast(device):
+    with edlm.autocast(run.device):
         for first in range(0, num, batch):
-            x = start.to(device).repeat(min(batch, num - first), 1)
-            for state in states(setting, models, x, mask_id, generator):
+            x = start.to(run.device).repeat(min(batch, num - first), 1)
+            for state in states(run, setting, x, generator):
                 ess.append(state.ess)
                 if watch and first == 0:
                     watch(state)
@@ -296,17 +309,11 @@ def draw(
     row["ess"] = ess.nanmean().item() if ess.isfinite().any() else None
     if setting.model == EXACT:  # a token is an accepted draft, or was drawn when one was refused
         refused = sum(end.refused.sum().item() for end in ends)
-        row["acceptance"] = 1 - refused / (num * (start == mask_id).sum().item())
+        row["acceptance"] = 1 - refused / (num * (start == run.config.mask_id).sum().item())
     return x, row
 
 
-def default_batch(config: edlm.Config, L: int, device) -> int:
-    """How many texts of length L are drawn at once: as many as BATCH_BYTES hold."""
-    floats = 16 * config.n_embd + 2 * config.vocab_size  # of a token, in a block and in the head
-    return max(1, BATCH_BYTES[device.type] // (4 * floats * L))
-
-
-def printable(tokenizer, row: Tensor) -> str:
+def printable(tokenizer: tiktoken.Encoding, row: Tensor) -> str:
     """The text of Long[L], without what could steer a terminal."""
     text = data.decode(tokenizer, row.tolist())
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
@@ -358,12 +365,13 @@ def perplexity(log_p: Tensor, tokens: Tensor) -> tuple[float, float | None]:
     return value, None if error is None else error * value
 
 
-def ar_perplexity(ar, x: Tensor, drawn: Tensor, device) -> tuple[float, float | None]:
+def ar_perplexity(run: Run, x: Tensor, drawn: Tensor) -> tuple[float, float | None]:
     """Perplexity of the drawn tokens, at positions Bool[L] of x Long[N, L], under the AR model."""
     log_p = []
-    with edlm.autocast(device), torch.no_grad():
-        for part in x.split(max(1, edlm.JUDGED_TOKENS // x.shape[1])):
-            log_p.append(ar.log_prob(part.to(device)).cpu()[:, drawn].double().sum(dim=1))
+    with edlm.autocast(run.device), torch.no_grad():
+        for part in x.split(default_batch(run, x.shape[1])):
+            log_prob = run.models["ar"].log_prob(part.to(run.device)).cpu()
+            log_p.append(log_prob[:, drawn].double().sum(dim=1))
     return perplexity(torch.cat(log_p), drawn.sum().repeat(len(x)))
 
 
@@ -379,7 +387,7 @@ class OutsideLM:
     With --judge it is asked about the texts that were drawn, with --energy hf:NAME while drawing.
     """
 
-    def __init__(self, name: str, tokenizer, device):
+    def __init__(self, name: str, run: Run):
         """Raises ValueError if there is no such package or model, or it has no end of text."""
         try:
             import transformers
@@ -392,17 +400,18 @@ class OutsideLM:
         except Exception as error:  # a hub, a network or a damaged folder: many kinds
             reason = str(error).strip().split("\n")[0][:150]
             raise ValueError(f"transformers could not load {name!r} ({reason})") from error
-        self.name, self.ours = name, tokenizer
-        self.model = model.float().to(device).eval()
+        self.name, self.ours = name, run.tokenizer
+        self.model = model.float().to(run.device).eval()
         self.longest = getattr(model.config, "max_position_embeddings", None) or 1024
         self.end = self.theirs.eos_token_id
-        self.begin = self.theirs.bos_token_id or self.end
         if self.end is None:
             raise ValueError(f"{name} has no token for the end of a text")
+        begin = self.theirs.bos_token_id
+        self.begin = self.end if begin is None else begin
         self.same_ids = False
-        if tokenizer.name == "gpt2" and self.end == tokenizer.eot_token:
+        if self.ours.name == "gpt2" and self.end == self.ours.eot_token:
             probe = "A probe: 1,024 naïve tokens\n\n  of  GPT-2's."
-            self.same_ids = self.encode(probe) == data.encode(tokenizer, probe)
+            self.same_ids = self.encode(probe) == data.encode(self.ours, probe)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without what this tokenizer would put around it."""
@@ -516,69 +525,82 @@ def write_rows(args, rows: list[dict]) -> None:
         data.write_json(args.json, {"settings": vars(args), "rows": rows})
 
 
-def draw_all(args, models: dict, tokenizer, device) -> None:
-    """Draws from every setting. Shows texts as they come, and the figures in a table."""
-    config = next(iter(models.values())).config
-    start = start_state(args, config, tokenizer)
-    masked = start == config.mask_id
-    # Only a whole story can be right or wrong.
-    toy = tokenizer.name == "toy" and len(start) == config.block_size
-    num = args.num or (300 if toy and args.prompt is None else 4)
-    batch = args.batch or default_batch(config, len(start), device)
-    judge = OutsideLM(args.judge, tokenizer, device) if args.judge else None
-    energies = load_energies(args, models, tokenizer, device)
-    print(f"{num} texts of every setting on {device}\n")
-    rows = []
-    for setting in list_settings(args, models, energies):
-        row = dict(name=setting.name, model=setting.model, num=num)
-        row.update(steps=setting.steps, k=setting.k, window=setting.window)
-        run = partial(draw, setting, models, start)
-        if args.compare:  # the first is not counted: it pays for what happens only once
-            alone = [run(1, 1, args.seed + i)[1]["seconds_per_text"] for i in range(ALONE + 1)]
-            row["seconds_alone"] = sum(alone[1:]) / ALONE
-        x, took = run(num, batch, args.seed, Screen(tokenizer) if args.watch else None)
-        row.update(took)
-        row["entropy"], row["entropy_error"] = mean_and_error(unigram_entropy(x))
-        texts = [data.decode(tokenizer, tokens) for tokens in x.tolist()]
+def measure(args, run: Run, setting: Setting, start: Tensor, num: int, judge) -> tuple:
+    """Draws from a setting: (texts Long[num, L], what is known of them, as --json has it)."""
+    row = dict(name=setting.name, model=setting.model, num=num)
+    row.update(steps=setting.steps, k=setting.k, window=setting.window)
+    if args.compare:  # the first is not counted: it pays for what happens only once
+        took = [draw(run, setting, start, 1, 1, args.seed + i)[1] for i in range(ALONE + 1)]
+        row["seconds_alone"] = sum(figures["seconds_per_text"] for figures in took[1:]) / ALONE
+    batch = args.batch or default_batch(run, len(start))
+    watch = Screen(run.tokenizer) if args.watch else None
+    x, figures = draw(run, setting, start, num, batch, args.seed, watch)
+    row.update(figures)
+    texts = [data.decode(run.tokenizer, tokens) for tokens in x.tolist()]
+    if is_toy(run, start):
         valid = torch.tensor([data.toy_is_valid(text) for text in texts])
-        if toy:
-            row["valid_fraction"], row["valid_fraction_error"] = mean_and_error(valid)
-        if "ar" in models:
-            ppl = ar_perplexity(models["ar"], x, masked, device)
-            row["ar_perplexity"], row["ar_perplexity_error"] = ppl
-        if judge:
-            row["judge_perplexity"], row["judge_perplexity_error"] = judge.perplexity(texts)
-        row.update(tokens=x.tolist(), texts=texts)
+        row["valid_fraction"], row["valid_fraction_error"] = mean_and_error(valid)
+    row["entropy"], row["entropy_error"] = mean_and_error(unigram_entropy(x))
+    if "ar" in run.models:
+        drawn = start == run.config.mask_id
+        row["ar_perplexity"], row["ar_perplexity_error"] = ar_perplexity(run, x, drawn)
+    if judge:
+        row["judge_perplexity"], row["judge_perplexity_error"] = judge.perplexity(texts)
+    row.update(tokens=x.tolist(), texts=texts)
+    return x, row
+
+
+def is_toy(run: Run, start: Tensor) -> bool:
+    """Whether the texts can be right or wrong: whole stories of the toy language can."""
+    return run.tokenizer.name == "toy" and len(start) == run.config.block_size
+
+
+def draw_all(args, run: Run) -> None:
+    """Draws from every setting. Shows texts as they come, and then the figures in a table."""
+    start = start_state(args, run)
+    toy = is_toy(run, start)
+    num = args.num or (300 if toy and args.prompt is None else 4)
+    judge = OutsideLM(args.judge, run) if args.judge else None
+    settings = list_settings(args, run, load_energies(args, run))
+    print(f"{num} texts of every setting on {run.device}\n")
+    rows = []
+    for setting in data.progress(settings, disable=not args.compare, leave=False, delay=1):
+        x, row = measure(args, run, setting, start, num, judge)
         rows.append(row)
         write_rows(args, rows)
-        if not args.compare:
-            print(setting.name)
-            for text, right in zip(x[:SHOWN], valid, strict=False):
-                mark = "-" * 80 + "\n" if not toy else "[ok]      " if right else "[broken]  "
-                print(mark + printable(tokenizer, text))
-            print()
+        if args.compare:
+            continue
+        print(setting.name)
+        for text, tokens in zip(row["texts"][:SHOWN], x, strict=False):
+            mark = "-" * 80 + "\n"
+            if toy:
+                mark = "[ok]      " if data.toy_is_valid(text) else "[broken]  "
+            print(mark + printable(run.tokenizer, tokens))
+        print()
     print_table(rows, FIGURES)
+    if not args.compare:
+        print("next: --energy exact, --watch, --steps 4, --prompt, --infill, --compare or --eval")
 
 
 # ------------ 6. How likely a text is -------------------------------------------------------------
 
 
-def held_out(args, config: edlm.Config, tokenizer):
+def held_out(args, run: Run) -> Subset:
     """The blocks to score, each Long[L]: of --data, else of the run's own validation data."""
-    source = args.data
+    source, own = args.data, run.tokenizer.name
     if source is None:
         try:
             source = json.loads((Path(args.out) / "settings.json").read_text())["data"]
         except (OSError, ValueError, KeyError, TypeError):
             reason = f"{args.out} has no settings.json that names its data"
             raise ValueError(f"{reason}: give --data FOLDER or FILE") from None
+    L = run.config.block_size
     if Path(source).is_file():
-        blocks, tokens = data.text_blocks(source, tokenizer, config.block_size, args.detokenize)
+        blocks, tokens = data.text_blocks(source, run.tokenizer, L, args.detokenize)
     else:
-        blocks = data.Blocks(source, "val", config.block_size)
-        if blocks.tokenizer != tokenizer.name:
-            has = f"{source} holds {blocks.tokenizer} tokens"
-            raise ValueError(f"{has}, {args.out} needs {tokenizer.name}")
+        blocks = data.Blocks(source, "val", L)
+        if blocks.tokenizer != own:
+            raise ValueError(f"{source} holds {blocks.tokenizer} tokens, {args.out} needs {own}")
         tokens = sum(shard[2] for shard in blocks.shards)
     blocks = Subset(blocks, range(min(args.blocks, len(blocks))))
     scored = len(blocks) * (len(blocks[0]) - 2)  # a block has END_OF_TEXT at both ends
@@ -586,37 +608,36 @@ def held_out(args, config: edlm.Config, tokenizer):
     return blocks
 
 
-def estimators(models: dict, settings: list[Setting], energies: dict, n: int) -> list[tuple]:
+def estimators(run: Run, settings: list[Setting], energies: dict, n: int) -> list[tuple]:
     """A row of the table each: (name, what it is, function of x0, its setting if it has one).
 
     The functions give nats per sequence, Float[B].
     """
+
+    def ar_nats(x0: Tensor) -> Tensor:
+        return -run.models["ar"].log_prob(x0).sum(dim=1)
+
+    denoiser = run.models.get("denoiser")
+    mask = dict(mask_id=run.config.mask_id)
     rows = []
-    if "denoiser" in models:
-        given = dict(mask_id=models["denoiser"].config.mask_id)
-        nelbo = partial(edlm.nelbo, models["denoiser"], **given)
-        rows.append(("MDLM", "bound", nelbo, None))
+    if denoiser:
+        rows.append(("MDLM", "bound", partial(edlm.nelbo, denoiser, **mask), None))
     for setting in settings:
         if setting.model in ("AR", EXACT):  # from masks alone, the exact sampler draws AR's law
-
-            def score(x0):
-                return -models["ar"].log_prob(x0).sum(dim=1)
-
-            rows.append((setting.name, "exact", score, setting))
+            rows.append((setting.name, "exact", ar_nats, setting))
             continue
-        own = dict(steps=setting.steps, k=setting.k or 1, window=setting.window, n=n)
-        bound = partial(edlm.sampler_nelbo, models["denoiser"], setting.energy, **given, **own)
+        chain = dict(k=setting.k or 1, n=n, steps=setting.steps, window=setting.window)
+        bound = partial(edlm.sampler_nelbo, denoiser, setting.energy, **mask, **chain)
         rows.append((setting.name, "bound", bound, setting))
     for model, energy in energies.items():
         for end in ("exact",) if model == "EDLM-coAR" else ("lower", "upper"):
-            own = dict(log_partition=end, n=n)
-            joint = partial(edlm.joint_nelbo, models["denoiser"], energy, **given, **own)
+            joint = partial(edlm.joint_nelbo, denoiser, energy, log_partition=end, n=n, **mask)
             rows.append((f"{model} joint, log Z {end}", "estimate", joint, None))
     return rows
 
 
 @torch.no_grad()
-def score_blocks(name: str, score: Callable, blocks, device) -> Tensor:
+def score_blocks(name: str, score: Callable, blocks: Subset, device) -> Tensor:
     """score(x0=...) of every block, in nats per sequence: Float64[blocks]."""
     loader = DataLoader(blocks, batch_size=max(1, 4096 // len(blocks[0])))  # 4096 tokens at once
     nats = []
@@ -627,7 +648,7 @@ def score_blocks(name: str, score: Callable, blocks, device) -> Tensor:
     return torch.cat(nats)
 
 
-def score_row(name: str, what: str, nats: Tensor, M: int, tokenizer) -> dict:
+def score_row(name: str, what: str, nats: Tensor, M: int, tokenizer: tiktoken.Encoding) -> dict:
     """A row of the table, from nats Float[blocks] of the M scored tokens of each block."""
     mean, error = mean_and_error(nats / M)
     row = dict(model=name, what=what, nats_per_token=mean, standard_error=error)
@@ -640,30 +661,28 @@ def score_row(name: str, what: str, nats: Tensor, M: int, tokenizer) -> dict:
     return row
 
 
-def score_all(args, models: dict, tokenizer, device) -> None:
+def score_all(args, run: Run) -> None:
     """Says how likely each setting is to draw the text that is scored."""
-    config = next(iter(models.values())).config
-    blocks = held_out(args, config, tokenizer)
+    blocks = held_out(args, run)
     M = len(blocks[0]) - 1
-    energies = load_energies(args, models, tokenizer, device)
-    settings = list_settings(args, models, energies)
+    energies = load_energies(args, run)
+    settings = list_settings(args, run, energies)
     rows, plain = [], {}
-    if tokenizer.name == "toy" and isinstance(blocks.dataset, data.Blocks):
+    if run.tokenizer.name == "toy" and isinstance(blocks.dataset, data.Blocks):
         floor = torch.tensor([data.toy_entropy()])
-        rows.append(score_row("language (floor)", "exact", floor, M, tokenizer))
-    for name, what, score, setting in estimators(models, settings, energies, args.n):
-        nats = score_blocks(name, score, blocks, device)
-        row = score_row(name, what, nats, M, tokenizer)
+        rows.append(score_row("language (floor)", "exact", floor, M, run.tokenizer))
+    for name, what, score, setting in estimators(run, settings, energies, args.n):
+        nats = score_blocks(name, score, blocks, run.device)
+        row = score_row(name, what, nats, M, run.tokenizer)
         if setting and setting.model == "MDLM":
             plain[setting.steps] = nats
         if setting and setting.energy:
             difference = (plain[setting.steps] - nats) / M
             row["gain"], row["gain_standard_error"] = mean_and_error(difference)
-            if setting.k <= args.n // 4:  # does the bound still fall as n grows?
-                quarter = score_blocks(
-                    f"{name}, n/4", partial(score, n=args.n // 4), blocks, device
-                )
-                row["with_quarter_n"] = quarter.mean().item() / M
+            fewer = args.n // 4
+            if setting.k <= fewer:  # does the bound still fall as n grows?
+                nats = score_blocks(f"{name}, n/4", partial(score, n=fewer), blocks, run.device)
+                row["with_quarter_n"] = nats.mean().item() / M
         rows.append(row)
         write_rows(args, rows)
     print_table(rows, SCORES)
@@ -674,13 +693,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if int(os.environ.get("RANK", 0)) > 0:
         return  # torchrun started several of us, and one is enough
-    models, tokenizer, device = load(args)
-    if args.eval:
-        score_all(args, models, tokenizer, device)
-        return
-    draw_all(args, models, tokenizer, device)
-    if not args.compare:
-        print("next: --energy exact, --watch, --steps 4, --prompt, --infill, --compare or --eval")
+    work = score_all if args.eval else draw_all
+    work(args, load(args))
 
 
 if __name__ == "__main__":
