@@ -43,7 +43,7 @@ import edlm
 
 BATCH_BYTES = {"cpu": 2**26, "cuda": 2**32}  # what hidden states and logits of a batch may take
 SHOWN = 6  # texts of a setting that appear on the screen
-ALONE = 3  # texts of a setting that --compare draws one by one, to time them
+ALONE = 8  # texts of a setting that --compare draws one by one, to time them
 EXACT = "EDLM-coAR exact"
 
 # ------------ 1. The command line -----------------------------------------------------------------
