@@ -1493,47 +1493,33 @@ class TestTrain:
         "command, words",
         [
             (f"{FRESH} --stepz 4", "--stepz"),
-            (f"{FRESH} --stage ar,energy", "argument --stage"),
             (f"{FRESH} --lr nan", "--lr must be from 0"),
-            (f"{FRESH} --seed 99999999999999999999", "--seed must be from 0"),
             (f"{FRESH} --resume --overwrite", "--resume continues a run"),
             (f"{FRESH} --data nothing", "no train tokens in nothing: run `python data.py"),
             (f"{FRESH} --out text.txt", "text.txt"),
             (f"{FRESH} --stage energy", "no checkpoint new/denoiser.pt: run python train.py"),
             (f"{FRESH} --out out/toy --stage ar", "ar.pt exists: --resume, --overwrite, or"),
-            (f"{AGAIN} --block_size 22", "toy stories need"),
             (f"{AGAIN} --micro_batch 3", "not a multiple of micro_batch 3"),
-            (f"{AGAIN} --n_head 3", "n_embd must be a multiple"),
             (f"{AGAIN} --stage energy --dropout 0.3", "denoiser.pt was made with dropout 0.1"),
-            (f"{LONGER} --data data/other", "denoiser.pt was made with corpus"),
-            (f"{LONGER} --stage ar --optimizer adamw", "ar.pt was made with optimizer muon"),
+            (f"{LONGER} --stage ar --data data/other", "ar.pt was made with corpus"),
             (LONGER, "energy.pt corrects this denoiser as it is"),
         ],
     )
     def test_mistakes_end_in_one_line(self, here, capsys, command, words):
         refuses(capsys, command, words)
 
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-    def test_a_missing_gpu_is_said(self, here, capsys):
-        refuses(capsys, f"{FRESH} --device cuda", "no CUDA GPU")
-
     @pytest.mark.parametrize(
-        "path, content, commands",
+        "path, size, commands",
         [
-            ("data/small/train_000.bin", b"cut", [FRESH, AGAIN]),
-            ("out/toy/denoiser.pt", b"foreign", ["sample.py --energy none", LONGER]),
-            ("out/toy/settings.json", b'{"lr": ', [RESUME]),
-            ("out/toy/settings.json", b'{"learning_rate": 1}', [RESUME]),
+            ("data/small/train_000.bin", 500, [FRESH, AGAIN]),
+            ("out/toy/denoiser.pt", 5000, ["sample.py --energy none", LONGER]),
+            ("out/toy/settings.json", 20, [RESUME]),
         ],
     )
-    def test_damaged_files_are_refused(self, here, capsys, path, content, commands):
-        Path(path).write_bytes(content)
+    def test_cut_files_are_refused(self, here, capsys, path, size, commands):
+        os.truncate(path, size)
         for command in commands:
             refuses(capsys, command, f"{path} is (missing or )?damaged")
-
-    def test_a_cut_checkpoint_is_refused(self, here, capsys):
-        os.truncate("out/toy/ar.pt", 5000)
-        refuses(capsys, f"{LONGER} --stage ar", "ar.pt is damaged")
 
     def test_an_energy_needs_its_own_denoiser(self, here, capsys):
         assert call(f"{AGAIN} --stage denoiser --seed 1") == 0
@@ -1565,14 +1551,20 @@ class TestTrain:
         assert s.lr == train.PRESETS["toy"]["lr"]  # begun anew, it owes nothing to the killed one
 
     def test_the_table_has_the_last_validation_losses(self, here, capsys):
+        """Which are of the saved weights, and of the same masks every time."""
         assert call(RESUME) == 0
-        table = capsys.readouterr().out
-        last = {"MDLM (bound)": saved("out/toy", "denoiser"), "AR": saved("out/toy", "ar")}
-        nats = {name: content["log"][-1]["val_loss"] for name, content in last.items()}
-        nats["language (floor)"] = data.toy_entropy() / 20
-        for name, value in nats.items():
-            line = rf"^{re.escape(name)} +{value:.4f} +{math.exp(value):.3f}$"
-            assert re.search(line, table, re.M), (line, table)
+        table, blocks = capsys.readouterr().out, data.Blocks("data/small", "val", 21)
+        models, _ = edlm.load_models("out/toy", ["denoiser", "ar"])
+        torch.manual_seed(0)
+        with torch.no_grad():
+            x0 = torch.stack(list(blocks))
+            bound = edlm.nelbo(models["denoiser"], x0, mask_id=35).mean().item() / 20
+            exact = -models["ar"].log_prob(x0).sum(dim=1).mean().item() / 20
+        floor = data.toy_entropy() / 20
+        for name, nats in (("MDLM (bound)", bound), ("AR", exact), ("language (floor)", floor)):
+            shown = re.search(rf"^{re.escape(name)} +([\d.]+) +([\d.]+)$", table, re.M)
+            values = [float(value) for value in shown.groups()]
+            assert values == pytest.approx([nats, math.exp(nats)], abs=6e-4), table
 
     @pytest.mark.parametrize(
         "stage, name, n, act, ends, words",
@@ -1672,14 +1664,6 @@ class TestTrain:
         shape = [0.5, 1, *((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))]
         lr = [share * train.PRESETS["toy"][peak] for share in shape]
         assert [row["lr"] for row in steps] == pytest.approx(lr)
-
-    def test_validation_is_of_the_saved_weights_and_fixed_masks(self, here):
-        model, _ = edlm.load_checkpoint("out/toy/denoiser.pt")
-        blocks = data.Blocks("data/small", "val", 21)
-        torch.manual_seed(0)
-        nats = edlm.nelbo(model, torch.stack(list(blocks)), mask_id=model.config.mask_id) / 20
-        row = saved("out/toy", "denoiser")["log"][-1]
-        assert row["val_loss"] == pytest.approx(nats.mean().item(), rel=1e-5)
 
     def test_averages_of_weights_and_micro_batches(self, here, monkeypatch):
         """The average is decay * average + (1 - decay) * weights, decay = min(ema, n / (9 + n))."""
