@@ -5,19 +5,16 @@
     python data.py openwebtext [FILE...]      OpenWebText, downloaded if no file of it is given
     python data.py text8 [FILE]               text8, the 27-character Wikipedia, likewise
 
-A file is given by its path, or by a URL from which it is downloaded. It may be packed (.gz, .xz,
-or a .zip of one file).
+A file is given by its path, or by a URL from which it is downloaded. It may be packed (.xz, or a
+.zip of one file).
 
-The order of this file: a text (1) becomes token ids 0..V-1 (2), which lie in shards (3), where
-`Blocks` and `BatchOrder` find what a model is trained on (4). How documents are found in files (5),
-and how they become shards (6), matters only to the commands above (7).
+A text (1) becomes token ids (2), which lie in shards (3). `Blocks` and `BatchOrder` read them to
+train a model (4). Sections 5 to 7, from documents to shards, matter only to the commands above.
 """
 
 import argparse
-import codecs
 import contextlib
 import functools
-import gzip
 import http.client
 import io
 import itertools
@@ -104,9 +101,9 @@ PIECES = {"bytes": r"(?s).{1,256}", "toy": r" ?[^ .]+|\.| ", "text8": r"(?s)."}
 # of natural text are: a toy block of TOY_LENGTH + 2 tokens holds exactly one story.
 CLOSED = ("toy", "text8")
 TOKEN = np.dtype("<u2")  # enough for all of these vocabularies
-# A long text is encoded in parts, side by side: tiktoken gives up on a million spaces. No piece has
-# white space after a word, so parts that end there have the same tokens as the whole text. A part
-# that has no such place ends anywhere.
+# A long text is encoded in parts, because tiktoken gives up on a million spaces. Parts that end
+# between a word and white space have the same tokens as the whole text; without such a place, a
+# part ends anywhere.
 PARTS = re.compile(r"(?s).{1,100000}(?:(?<=\S)(?=[ \n])|\Z)|.{1,100000}")
 
 
@@ -138,7 +135,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def encode_part(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
-    """Token ids of a part of a text, as an array [n]. Raises as `encode` does."""
+    """Token ids of a part of a text, uint16[n]. Raises as `encode` does."""
     if tokenizer.name in CLOSED:
         known = {token.decode() for token in tokenizer.token_byte_values()}
         for piece in re.findall(PIECES[tokenizer.name], text):
@@ -185,9 +182,8 @@ def write_json(path: str | Path, value: object) -> None:
     """Replace a JSON file, all or nothing; makes the folder that it lies in."""
     target = Path(path).resolve()  # where a link leads: the link itself stays
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and not target.is_file():  # /dev/null must not be replaced; a folder raises
-        target.write_text(json.dumps(value, indent=2))
-        return
+    if target.exists() and not target.is_file():  # /dev/null must not be replaced
+        raise ValueError(f"{path} is a folder or a device: choose another file")
     part = target.with_name(f"{target.name}.{os.getpid()}.tmp")  # no other process writes this one
     part.write_text(json.dumps(value, indent=2))
     os.replace(part, target)
@@ -212,7 +208,7 @@ def write_shard(
 ) -> None:
     """Write a shard of uint16 arrays, one for each document.
 
-    If `val_path` is given, the last documents go into that shard instead: see `place_cut`. Raises
+    If `val_path` is given, what `place_cut` holds back goes into that shard instead. Raises
     ValueError for more tokens than an int32 can count.
     """
     ends = array("q", [0])  # how many tokens there are up to the end of each document
@@ -236,8 +232,8 @@ def write_shard(
 def place_cut(ends: Sequence[int], val_docs: int) -> int:
     """How many tokens are to train on, of documents between these numbers of tokens.
 
-    All but those of the last `val_docs` documents. Or, if that is 0, as near to nine tenths as the
-    end of a document is; in the middle of one, if none ends between 85% and 95%.
+    All but those of the last `val_docs` documents. If that is 0, about nine tenths: up to the end
+    of a document, if one ends between 85% and 95%.
     """
     if val_docs >= len(ends) - 1:
         fault = f"the last file has {len(ends) - 1} documents, none left to train on"
@@ -253,7 +249,7 @@ def place_cut(ends: Sequence[int], val_docs: int) -> int:
 
 
 def read_meta(folder: str | Path) -> dict:
-    """The content of a folder's meta.json. Raises ValueError if it is cut or another program's."""
+    """The content of a folder's meta.json."""
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
@@ -267,23 +263,21 @@ def read_meta(folder: str | Path) -> dict:
 def claim(folder: str | Path, meta: dict) -> None:
     """Write the meta.json that says what is to be in a folder, before anything else is in it.
 
-    Until the last source is finished, those that are not may still change: a mistake in the last of
-    many files costs no other file. Raises ValueError if the folder holds shards of other sources.
+    Raises ValueError if the folder holds shards of something else. Only --val_docs may change, up
+    to when the last file is finished: a number that was too large must not block the folder.
     """
     if Path(folder).is_file():
         raise ValueError(f"{folder} is a file: choose another --out")
     path = Path(folder) / "meta.json"
-    old = read_meta(folder) if path.exists() else None
-    made = len([*Path(folder).glob("*.bin")])
-    same = old == meta
-    if old and not shard_path(folder, "val", 0).exists():
-        same = old["tokenizer"] == meta["tokenizer"]
-        same = same and old["source"][:made] == meta["source"][:made]
-    if made and not same:
+    old = read_meta(folder) if path.exists() else {}
+    if old == meta:
+        return
+    unfinished = not shard_path(folder, "val", 0).exists()
+    goes_on = unfinished and old | {"val_docs": meta["val_docs"]} == meta
+    if any(Path(folder).glob("*.bin")) and not goes_on:
         other = "shards of another source, tokenizer or --val_docs"
         raise ValueError(f"{folder} holds {other}: choose another --out")
-    if old != meta:
-        write_json(path, meta)
+    write_json(path, meta)
 
 
 # ------------ 4. Reading --------------------------------------------------------------------------
@@ -330,10 +324,8 @@ class Blocks:
     """Training sequences of one split of a data folder, for a DataLoader.
 
     Item i is Long[block_size] = [EOT] + (block_size - 2) tokens of the stream + [EOT]. Blocks do
-    not overlap, and run on from one shard to the next. Attributes: `tokenizer` (its name),
-    `vocab_size`, `eot`, `meta`. Raises FileNotFoundError if data are missing or damaged; ValueError
-    if they are another program's, too short for one block, or (toy) cut at another length than its
-    stories.
+    not overlap, and run on from one shard to the next. Raises FileNotFoundError if data are missing
+    or damaged; ValueError if they are another program's, or do not fit the block size.
     """
 
     def __init__(self, folder: str | Path, split: str, block_size: int):
@@ -374,7 +366,6 @@ class BatchOrder:
     Step s takes the s-th group of `batch_size` blocks (the batch of all ranks together) from a
     permutation drawn anew each epoch; an incomplete last group is left out. Rank r yields number r,
     r + world, r + 2 world, ... of its micro-batches: so 2 processes see what 1 process would see.
-    Never ends; a DataLoader takes it as `batch_sampler`. ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -409,26 +400,14 @@ class BatchOrder:
 
 # ------------ 5. Documents ------------------------------------------------------------------------
 #
-# A document is a text that stands for itself: an article, a web page, a paragraph. What a file is
-# shows in its first bytes, whatever its name.
+# A document is a text that stands for itself: an article, a web page, a paragraph. The content of a
+# file says how its documents are told apart; its name does not matter.
 
-# The marker parts documents where it is alone on its line, or begins or ends one and touches the
-# text there, as exports write it. Elsewhere a text only speaks of it.
-_MARK = re.escape(END_OF_TEXT)
-SEPARATOR = re.compile(rf"^\s*{_MARK}\s*$|^{_MARK}(?=\S)|(?<=\S){_MARK}\s*$")
-DAMAGE = (
-    EOFError,
-    RuntimeError,  # of a zip that asks for a password
-    gzip.BadGzipFile,
-    lzma.LZMAError,
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-# How the documents of a file are told apart.
+# What the readers below raise for a damaged file (RuntimeError: a zip that asks for a password).
+DAMAGE = EOFError, RuntimeError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error
 ARCHIVED = "one in each .txt file of the archive"
 JSON_LINES = "one in each line of JSON"
-MARKED = f"parted by {END_OF_TEXT}"
+MARKED = f"parted by lines of {END_OF_TEXT}"
 PARAGRAPHS = "parted by blank lines"
 
 
@@ -436,22 +415,11 @@ class Unreadable(ValueError):
     """A file has not the content that it should have. If it was downloaded, it is fetched again."""
 
 
-def unpack(file: BinaryIO) -> BinaryIO:
-    """A stream of bytes as what it holds if it is compressed, else as it is."""
-    start = file.peek(6)
-    if start.startswith(b"\x1f\x8b"):
-        return gzip.open(file)
-    if start.startswith(b"\xfd7zXZ\0"):
-        return lzma.open(file)
-    return file
-
-
 @contextlib.contextmanager
 def open_source(path: str | Path) -> Iterator[BinaryIO]:
     """A source file as a stream of bytes, unpacked.
 
-    Raises Unreadable, here or while the stream is read, if the file is damaged or of a kind that is
-    not read here.
+    Raises Unreadable, here or while the stream is read, if the file cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -466,8 +434,10 @@ def open_source(path: str | Path) -> Iterator[BinaryIO]:
                     fault = f"is a zip of {len(members)} files"
                     raise Unreadable(f"{path} {fault}: unpack it, and give its texts")
                 yield archive.open(members[0])
+            elif start.startswith(b"\xfd7zXZ\0"):
+                yield lzma.open(file)
             else:
-                yield unpack(file)
+                yield file
     except UnicodeError as error:
         advice = "convert it (iconv -f ENCODING -t UTF-8), or unpack it"
         raise Unreadable(f"{path} is not UTF-8 text ({error.reason}): {advice}") from None
@@ -476,12 +446,8 @@ def open_source(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def text_lines(stream: BinaryIO) -> Iterator[str]:
-    """The lines of a text: UTF-8, or UTF-16 if its first two bytes say so; any ends of lines."""
-    wide = stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    for line in io.TextIOWrapper(stream, "utf-16" if wide else "utf-8-sig"):
-        if "\0" in line:
-            raise UnicodeDecodeError("utf-8", b"\0", 0, 1, "it has NUL characters")
-        yield line
+    """The lines of a UTF-8 text, whatever its line ends; a byte order mark is dropped."""
+    return io.TextIOWrapper(stream, "utf-8-sig")
 
 
 def tell_apart(path: str | Path) -> str:
@@ -490,13 +456,12 @@ def tell_apart(path: str | Path) -> str:
         tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "replace")
         return ARCHIVED
     with open_source(path) as stream:
-        lines = text_lines(stream)
-        first = next(filter(str.strip, lines), "")
+        lines = map(str.strip, text_lines(stream))
+        first = next(filter(None, lines), "")
         with contextlib.suppress(ValueError):
             if isinstance(json.loads(first), dict):
                 return JSON_LINES
-        marked = any(map(SEPARATOR.search, itertools.chain([first], lines)))
-        return MARKED if marked else PARAGRAPHS
+        return MARKED if first == END_OF_TEXT or END_OF_TEXT in lines else PARAGRAPHS
 
 
 def read_documents(path: str | Path, way: str) -> Iterator[str]:
@@ -507,22 +472,19 @@ def read_documents(path: str | Path, way: str) -> Iterator[str]:
         elif way == JSON_LINES:
             documents = json_documents(text_lines(stream), path)
         else:
-            documents = parted(text_lines(stream), way)
+            documents = parted(text_lines(stream), END_OF_TEXT if way == MARKED else "")
         yield from filter(None, map(str.strip, documents))
 
 
-def parted(lines: Iterator[str], way: str) -> Iterator[str]:
-    """Texts between separators, read line by line."""
+def parted(lines: Iterator[str], separator: str) -> Iterator[str]:
+    """The texts between the lines that hold nothing but the separator."""
     document = []
     for line in lines:
-        if way == MARKED:
-            first, *others = SEPARATOR.split(line)
-        else:
-            first, *others = [line] if line.strip() else ["", ""]
-        document.append(first)
-        for part in others:
+        if line.strip() == separator:
             yield "".join(document)
-            document = [part]
+            document = []
+        else:
+            document.append(line)
     yield "".join(document)
 
 
@@ -551,53 +513,43 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def tar_documents(stream: BinaryIO) -> Iterator[str]:
-    """The .txt files of a tar archive, and of the compressed archives in it.
-
-    So all that OpenWebText comes in is read: a tar of .xz (urlsf_subset00.tar), the same compressed
-    once more (openwebtext.tar.xz), or one of those .xz, a compressed tar of .txt.
-    """
+    """The .txt files of a tar archive, and of the .xz archives in it, as OpenWebText has them."""
     with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as archive:
         for item in filter(tarfile.TarInfo.isfile, archive):
             if item.name.endswith(".txt"):
                 text = archive.extractfile(item).read().decode(errors="replace")
                 yield re.sub(r"\n{3,}", "\n\n", text)
             elif item.name.endswith(".xz"):
-                yield from tar_documents(unpack(archive.extractfile(item)))
+                yield from tar_documents(lzma.open(archive.extractfile(item)))
 
 
 def read_text(path: str | Path) -> Iterator[str]:
     """The documents of a file of texts; then says how many, and how they were told apart."""
-    way, count, mentions = tell_apart(path), 0, 0
+    way, count = tell_apart(path), 0
     for count, document in enumerate(read_documents(path, way), start=1):
-        mentions += document.count(END_OF_TEXT)
         yield document
     if count:
         say(f"{path}: {count:,} document{'' if count == 1 else 's'}, {way}")
-    if mentions:
-        say(f"{path}: {END_OF_TEXT} is taken as text inside a line ({mentions} times)")
 
 
 def read_openwebtext(path: str | Path) -> Iterator[str]:
-    """The documents of a file of OpenWebText. Raises Unreadable for plain text: an error page."""
+    """The documents of a file of OpenWebText. Plain text is refused: it is an error page."""
     if tell_apart(path) not in (ARCHIVED, JSON_LINES):
         raise Unreadable(f"{path} is neither a tar archive nor JSON lines, as OpenWebText is")
     yield from read_text(path)
 
 
 def read_text8(path: str | Path) -> Iterator[str]:
-    """Hundredths of text8: the first 90, and the last 5 for validation.
-
-    Published models are trained and tested on these.
-    """
+    """The parts of text8 that published models are trained (90%) and tested (the last 5%) on."""
     with open_source(path) as stream:
         text = "".join(text_lines(stream)).strip("\n")
     strange = re.search("[^a-z ]", text)
     if strange:
         fault = f"which has only a to z and spaces: it holds {strange[0]!r}"
         raise Unreadable(f"{path} is not text8, {fault}")
-    size = math.ceil(len(text) / 100) or 1
-    hundredths = [text[start : start + size] for start in range(0, len(text), size)]
-    yield from hundredths[:90] + hundredths[95:]
+    if text:
+        yield text[: len(text) * 90 // 100]
+        yield text[len(text) * 95 // 100 :]
 
 
 # How three corpora were tokenised, undone by (pattern, replacement) rules in order. They share: no
@@ -625,8 +577,7 @@ def text_blocks(
     """Blocks of a text file as its shards would give them, and how many tokens the text has.
 
     The blocks are Long[N, block_size]; of a shorter text, one block as long as it needs. `corpus`
-    picks the rules of DETOKENIZERS that are applied to each document. Raises ValueError for a file
-    without text, or with text that the tokenizer cannot encode.
+    picks the rules of DETOKENIZERS that are applied to each document.
     """
     check_block_size(tokenizer.name, block_size)
     documents = read_documents(path, tell_apart(path))
@@ -642,9 +593,8 @@ def text_blocks(
 
 # ------------ 6. Preparation ----------------------------------------------------------------------
 #
-# The source file is the unit: its shard gets its name when all of it is tokenised, and a file that
-# has its shard is never read again. So a run can be killed at any moment and repeated: it loses one
-# file's work at most, and ends with the same bytes.
+# A shard gets its name when all of its source file is tokenised, and that file is never read again.
+# So a run can be killed at any moment and repeated: it ends with the same bytes.
 
 
 def tokenize(
@@ -652,8 +602,8 @@ def tokenize(
 ) -> Iterator[np.ndarray]:
     """uint16 tokens of each document, and END_OF_TEXT unless the vocabulary is CLOSED, in order.
 
-    On all cores: tiktoken lets go of Python's lock, so this thread reads (and decompresses) on.
-    Raises ValueError, naming the source and the document, for what cannot be a token.
+    All cores encode, while this thread reads on. Raises ValueError, naming the source and the
+    document, for what cannot be a token.
     """
     end = np.array([] if tokenizer.name in CLOSED else [tokenizer.eot_token], TOKEN)
 
@@ -684,11 +634,10 @@ def prepare(
     tokenizer: str,
     val_docs: int,
 ) -> None:
-    """Turn files, given by path or URL, into a folder of shards.
+    """Turn files, given by path or URL, into a folder of shards; `place_cut` explains `val_docs`.
 
-    `read(path)` iterates over the documents of a file. The last `val_docs` of the last file (0: a
-    tenth of its tokens) are for validation. A download is deleted when its shard is whole, or if it
-    cannot be read. Raises ValueError for a file that cannot be read, or a folder with other data.
+    A download is deleted when its shard is whole, or if it cannot be read. Raises ValueError for a
+    file that cannot be read, or a folder with other data.
     """
     if val_docs < 0:
         raise ValueError(f"--val_docs must be at least 0, not {val_docs}")
@@ -743,7 +692,7 @@ def download(url: str, path: Path) -> None:
 
 
 def make_toy(out: str | Path, n_train: int = 20000, n_val: int = 2000, seed: int = 0) -> None:
-    """Make toy shards in a folder, or leave them; raises ValueError if it holds other data."""
+    """Make toy shards in a folder, unless it has them."""
     stories = toy_stories(n_train + n_val, seed)
     prepare(out, [f"{len(stories)} toy stories of seed {seed}"], lambda _: stories, "toy", n_val)
 
@@ -753,7 +702,7 @@ OWT = [f"{OWT_URL}/urlsf_subset{i:02d}.tar" for i in range(21)]
 TEXT8 = ["http://mattmahoney.net/dc/text8.zip"]
 SOURCES = {  # what `prepare` is given, where the command line does not say otherwise
     "openwebtext": dict(read=read_openwebtext, files=OWT, tokenizer="gpt2", val_docs=100_000),
-    "text8": dict(read=read_text8, files=TEXT8, tokenizer="text8", val_docs=5),
+    "text8": dict(read=read_text8, files=TEXT8, tokenizer="text8", val_docs=1),
     "text": dict(read=read_text, tokenizer="gpt2", val_docs=0),
 }
 
@@ -811,15 +760,12 @@ def report(out: str) -> None:
     for split in ("train", "val"):
         meta, shards = open_split(out, split)
         counts[split] = sum(tokens for _, _, tokens in shards)
-        shown = f"{counts[split]:,} {meta['tokenizer']} tokens to {split}"
-        print(f"{out}: {shown} in {len(shards)} shard{'' if len(shards) == 1 else 's'}")
+        print(f"{out}: {counts[split]:,} {meta['tokenizer']} tokens to {split}")
     if not counts["train"] / 200 < counts["val"] < counts["train"]:
         print("note: a lopsided split. The end of the last file is held back: see --val_docs")
-    presets = ("data/toy", "data/shakespeare", "data/openwebtext", "data/text8")  # of train.py
-    size = TOY_LENGTH + 2 if meta["tokenizer"] == "toy" else 128
-    small = f" --block_size {size} --n_layer 4 --n_embd 128 --batch_size 32"
-    known = Path(out) in map(Path, presets)
-    print(f"next: python train.py --data {shlex.quote(out)}" + ("" if known else small))
+    small = " --block_size 128 --n_layer 4 --n_embd 128 --batch_size 32"
+    flags = "" if meta["tokenizer"] == "toy" else small
+    print(f"next: python train.py --data {shlex.quote(out)}{flags}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -830,7 +776,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", help="files of that source, or more text files")
     parser.add_argument("--out", help="folder to make (default: data/ and the name of the source)")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, help="default: gpt2 (text8: text8)")
-    text = "last documents, to validate (openwebtext: 100000; text8: 5; 0: a tenth of the tokens)"
+    text = "last documents, to validate (openwebtext: 100000; text8: 1; 0: a tenth of the tokens)"
     parser.add_argument("--val_docs", type=int, help=text)
     args = parser.parse_args(argv)
     out = args.out or f"data/{Path(args.source).stem}"
@@ -839,8 +785,7 @@ def main(argv: list[str] | None = None) -> None:
         source, files = "text", [args.source, *files]
     for file in files:
         if "://" not in file and not os.path.isfile(file):
-            fault = "is a folder or a pipe, not" if os.path.exists(file) else "is not the name of"
-            raise ValueError(f"{file!r} {fault} a file (or toy, openwebtext, text8)")
+            raise ValueError(f"{file!r} is no file, and not toy, openwebtext or text8")
     given = dict(files=files, tokenizer=args.tokenizer, val_docs=args.val_docs)
     given = {flag: value for flag, value in given.items() if value not in (None, [])}
     if source != "toy":

@@ -11,7 +11,6 @@
 import argparse
 import contextlib
 import copy
-import gzip
 import io
 import itertools
 import json
@@ -841,18 +840,19 @@ def test_data_toy_language_is_a_distribution_with_the_stated_entropy():
     # Each is expected 20.8 +- 4.6 times: a false alarm in 1e6 seeds.
     assert set(counts) == set(data.toy_language()) and max(counts.values()) < 20.8 + 7 * 4.6
     assert data.toy_stories(9, seed=1) == data.toy_stories(9, seed=1) != data.toy_stories(9, seed=2)
-
-
-def test_data_toy_stories_have_one_length_round_trip_and_keep_every_agreement():
-    tokenizer = data.get_tokenizer("toy")
-    for story in data.toy_language()[::7]:
-        ids = data.encode(tokenizer, story)
-        assert len(ids) == data.TOY_LENGTH and data.decode(tokenizer, ids) == story
     good = "ben has a black boat. he gives it to eva today. she likes the black boat."
-    broken = [("he ", "she "), ("gives", "sells"), ("likes", "keeps"), ("she", "he"), ("b", "B")]
-    broken = [good.replace(*change, 1) for change in [*broken, ("the black", "the red")]]
     assert data.toy_is_valid(good)
-    assert not any(map(data.toy_is_valid, [*broken, "", good + " ", good[:-1], good + " " + good]))
+    for change in [("he ", "she "), ("gives", "sells"), ("she", "he"), ("the black", "the red")]:
+        assert not data.toy_is_valid(good.replace(*change, 1))
+
+
+def test_data_toy_shards_hold_one_story_per_block(tmp_path):
+    data.make_toy(tmp_path, n_train=300, n_val=40, seed=3)
+    tokenizer, stories = data.get_tokenizer("toy"), data.toy_stories(340, seed=3)
+    for split, expected in {"train": stories[:300], "val": stories[300:]}.items():
+        blocks = data.Blocks(tmp_path, split, data.TOY_LENGTH + 2)
+        assert [data.decode(tokenizer, block) for block in blocks] == expected
+    refused("block_size of 21, not 32", data.Blocks, tmp_path, "train", 32)
 
 
 def test_data_tokenizers_round_trip_and_show_masks():
@@ -872,7 +872,6 @@ def test_data_what_cannot_be_tokenised_is_refused_by_name(monkeypatch):
     for name, text, culprit in [
         ("toy", "ben has a yacht.", "' yacht'"),
         ("toy", "ben  has", "' ': a toy word carries one space"),
-        ("text8", "a\n", r"'\n'"),
         ("bytes", "\ud800", "Unicode"),
     ]:
         refused(re.escape(culprit), data.encode, data.get_tokenizer(name), text)
@@ -882,7 +881,7 @@ def test_data_what_cannot_be_tokenised_is_refused_by_name(monkeypatch):
     refused("TIKTOKEN_CACHE_DIR", data.get_tokenizer.__wrapped__, "gpt2")
 
 
-def test_data_long_texts_are_encoded_in_parts_with_the_same_tokens(tmp_path, monkeypatch):
+def test_data_long_texts_are_encoded_in_parts_with_the_same_tokens(monkeypatch):
     # GPT-2's own pattern, and a small vocabulary whose tokens show where white space was cut.
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
     tokens = [bytes([i]) for i in range(256)] + [b"  ", b" a", b"bc", b"\n\n", b"    ", b" \n"]
@@ -895,36 +894,29 @@ def test_data_long_texts_are_encoded_in_parts_with_the_same_tokens(tmp_path, mon
     with pytest.raises(ValueError, match="Max stack size"):
         tokenizer.encode_to_numpy(spaces)
     assert tokenizer.decode(data.encode(tokenizer, spaces)) == spaces
-    rng = np.random.default_rng(0)
     words = ["a", " ", "  ", "\n", "bc", "'ll", "7", ".", "\u3000", "\x1c", "é", "\t", "\xa0"]
-    text = "".join(rng.choice(words, 5000))
+    text = "".join(np.random.default_rng(0).choice(words, 5000))
     monkeypatch.setattr(data, "PARTS", re.compile(data.PARTS.pattern.replace("100000", "40")))
-    parts = data.PARTS.findall(text)
-    assert "".join(parts) == text and len(parts) > 100
+    assert len(data.PARTS.findall(text)) > 100
     assert data.encode(tokenizer, text) == tokenizer.encode_ordinary(text)
-    (document,) = data.tokenize([text], tokenizer, "a.txt")  # its parts side by side
-    assert document.tolist() == [*tokenizer.encode_ordinary(text), len(tokens)]
-    refused(
-        "a.txt, document 2: .*Unicode",
-        lambda: [*data.tokenize(["a", "\ud800"], tokenizer, "a.txt")],
-    )
-
-
-META = dict(tokenizer="bytes", vocab_size=257, source=["a", "b", "c"])
+    documents = data.tokenize([text, "\ud800"], tokenizer, "a.txt")  # its parts side by side
+    assert next(documents).tolist() == [*tokenizer.encode_ordinary(text), len(tokens)]
+    refused("a.txt, document 2: .*Unicode", next, documents)
 
 
 def make_folder(folder, tokens, shard_tokens=70):
     """A data folder of these bytes, so many from each source file; the first 50 for validation."""
     cuts = range(shard_tokens, len(tokens), shard_tokens)
     parts = np.split(np.asarray(tokens, data.TOKEN), cuts)
-    data.claim(folder, META | dict(source=["a source"] * len(parts)))
+    source = ["a source"] * len(parts)
+    data.claim(folder, dict(tokenizer="bytes", vocab_size=257, val_docs=0, source=source))
     for number, part in enumerate(parts):
         data.write_shard(folder / f"train_{number:03d}.bin", [part[:1], part[1:]])
     data.write_shard(folder / "val_000.bin", [np.asarray(tokens[:50], data.TOKEN)])
     return folder
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 7, 1000])
+@pytest.mark.parametrize("shard_tokens", [7, 1000])
 def test_data_shards_round_trip_with_blocks_that_span_them(tmp_path, shard_tokens):
     tokens = np.random.default_rng(0).integers(0, 256, 200)
     blocks = data.Blocks(make_folder(tmp_path, tokens, shard_tokens), "train", 32)
@@ -949,16 +941,7 @@ def test_data_of_nanogpt_is_read_unless_its_vocabulary_is_its_own(tmp_path):
 
 def test_data_folders_that_are_damaged_or_do_not_fit_are_refused(tmp_path):
     folder = make_folder(tmp_path / "d", np.arange(200))
-    shard, meta = folder / "train_001.bin", folder / "meta.json"
-    for path, bad, message in [
-        (shard, shard.read_bytes()[:-1], "train_001.bin is missing or damaged: run the same"),
-        (meta, b'{"name": "another program"}', "meta.json is damaged or not made by data.py"),
-        (meta, b'{"tokeni', "meta.json is damaged or not made by data.py"),
-    ]:
-        whole = path.read_bytes()
-        path.write_bytes(bad)
-        refused(message, data.Blocks, folder, "train", 32)
-        path.write_bytes(whole)
+    meta = folder / "meta.json"
     refused("50 tokens, too few for one block of 53", data.Blocks, folder, "val", 53)
     assert len(data.Blocks(folder, "val", 52)) == 1
     refused("at least 3", data.Blocks, folder, "val", 2)
@@ -966,18 +949,14 @@ def test_data_folders_that_are_damaged_or_do_not_fit_are_refused(tmp_path):
     refused("no train tokens.*data.py", data.Blocks, tmp_path, "train", 32)
     foreign = data.Blocks(make_folder(tmp_path / "e", np.full(100, 999)), "train", 32)
     refused("token 999, unknown to bytes", foreign.__getitem__, 0)
+    os.truncate(folder / "train_001.bin", 1100)
+    refused("train_001.bin is missing or damaged: run the", data.Blocks, folder, "train", 32)
+    for bad in ('{"name": "another program"}', '{"tokeni'):
+        meta.write_text(bad)
+        refused("meta.json is damaged or not made by", data.Blocks, folder, "train", 32)
     many = type("Many", (bytes,), dict(__len__=lambda self: 2**31))()  # that many, in no memory
     refused("too many.*cut its source", data.write_shard, tmp_path / "x.bin", [many])
     assert not (tmp_path / "x.bin").exists()
-
-
-def test_data_toy_shards_hold_one_story_per_block(tmp_path):
-    data.make_toy(tmp_path, n_train=300, n_val=40, seed=3)
-    tokenizer, stories = data.get_tokenizer("toy"), data.toy_stories(340, seed=3)
-    for split, expected in {"train": stories[:300], "val": stories[300:]}.items():
-        blocks = data.Blocks(tmp_path, split, data.TOY_LENGTH + 2)
-        assert [data.decode(tokenizer, block) for block in blocks] == expected
-    refused("block_size of 21, not 32", data.Blocks, tmp_path, "train", 32)
 
 
 def first(order, n):
@@ -994,7 +973,7 @@ def test_data_batch_order_is_a_permutation_per_epoch_and_resumes_at_any_step():
         assert rest == whole[2 * step : 2 * step + 8]
 
 
-@pytest.mark.parametrize("world", [2, 3, 6])
+@pytest.mark.parametrize("world", [2, 6])
 def test_data_batch_order_gives_ranks_what_one_process_would_see(world):
     alone = first(data.BatchOrder(100, 24, 4, seed=5), 24)  # 6 micro-batches per step
     orders = [data.BatchOrder(100, 24, 4, seed=5, rank=r, world=world) for r in range(world)]
@@ -1009,12 +988,7 @@ FRAMED = {
     "one\nstill one\n \n\n  two\n\n\n": ["one\nstill one", "two"],
     "no blank line\nin all\nof it": ["no blank line\nin all\nof it"],
     "a\n\nb\n <|endoftext|> \nc\n<|endoftext|>\n\n<|endoftext|>\nd": ["a\n\nb", "c", "d"],
-    "a<|endoftext|>\nb\n\n\nb<|endoftext|>\n<|endoftext|>c": ["a", "b\n\n\nb", "c"],
-    # here a text only speaks of the marker, which stays a text
-    "uses <|endoftext|>\nand\n\n<|endoftext|> is (<|endoftext|>)": [
-        "uses <|endoftext|>\nand",
-        "<|endoftext|> is (<|endoftext|>)",
-    ],
+    "uses <|endoftext|>\n\nas a word": ["uses <|endoftext|>", "as a word"],
 }
 
 
@@ -1023,7 +997,7 @@ def test_data_is_framed_alike_for_training_and_for_evaluation(tmp_path, capsys, 
     path, texts = tmp_path / "a.txt", FRAMED[content]
     path.write_text(content)
     prepare(tmp_path / "o", "text", [path])
-    way = "parted by <|endoftext|>" if texts[0][0] == "a" else "parted by blank lines"
+    way = "parted by lines of <|endoftext|>" if texts[0][0] == "a" else "parted by blank lines"
     assert f"a.txt: {len(texts)} document{'s' * (len(texts) > 1)}, {way}" in capsys.readouterr().err
     expected = [token for text in texts for token in [*text.encode(), 256]]
     assert stream(tmp_path / "o", "train") + stream(tmp_path / "o", "val") == expected
@@ -1036,49 +1010,78 @@ def test_data_is_framed_alike_for_training_and_for_evaluation(tmp_path, capsys, 
     assert blocks.tolist() == [[256, *expected, 256]] and tokens == len(expected)
 
 
+def tar_of(files):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zip_of(*contents):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("folder/", "")
+        for number, content in enumerate(contents):
+            file.writestr(f"folder/{number}", content)
+    return buffer.getvalue()
+
+
+def member_xz(texts):
+    return lzma.compress(tar_of({f"{i}.txt": text for i, text in enumerate(texts)}))
+
+
+def archive(*members):
+    """An archive as OpenWebText has them, of compressed archives of these texts."""
+    names = [f"openwebtext/m{i}_data.xz" for i in range(len(members))]
+    return tar_of(dict(zip(names, map(member_xz, members), strict=True)))
+
+
+def texts_of(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(97, 123, length, np.uint8).tobytes() for length in rng.integers(1, 60, n)]
+
+
 TEXTS = ["Häß und\nmehr", "世界", 'a "b"']
-PLAIN = "\n\n".join(TEXTS)
-FORMS = {  # which documents people have as what; the names of the files do not matter
-    "mark": "\ufeff" + PLAIN,
-    "windows": PLAIN.replace("\n", "\r\n"),
-    "wide": PLAIN.encode("utf-16"),
-    "gz": gzip.compress(PLAIN.encode()),
-    "xz": lzma.compress(PLAIN.encode()),
-    "json": "\n".join(json.dumps(dict(n=1, text=text)) for text in TEXTS) + "\n\n",
-}
 
 
-@pytest.mark.parametrize("form", [*FORMS, "zip", "tar"])
-def test_data_is_read_in_the_forms_that_people_have(tmp_path, form):
-    path = tmp_path / "file"
-    if form == "zip":
-        with zipfile.ZipFile(path, "w") as file:
-            file.writestr("folder/", "")
-            file.writestr("folder/any name", PLAIN)
-    elif form == "tar":
-        path.write_bytes(tar_of({f"{i}.txt": text.encode() for i, text in enumerate(TEXTS)}))
-    else:
-        content = FORMS[form]
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert list(data.read_text(path)) == TEXTS
+def test_data_is_read_in_the_forms_that_people_have(tmp_path):
+    path, plain = tmp_path / "the name does not matter", "\n\n".join(TEXTS)
+    members = [text.encode() for text in TEXTS]
+    for content in [
+        ("\ufeff" + plain.replace("\n", "\r\n")).encode(),
+        lzma.compress(plain.encode()),
+        zip_of(plain),
+        "\n".join(json.dumps(dict(n=1, text=text)) for text in TEXTS).encode() + b"\n\n",
+        member_xz(members),
+        archive(members[:2], members[2:]),
+        lzma.compress(archive(members)),
+    ]:
+        path.write_bytes(content)
+        assert list(data.read_text(path)) == TEXTS
+    path.write_bytes(archive([b" a\n\n\n\n\nb\n\nc\n", b"\n\n"]))
+    assert list(data.read_openwebtext(path)) == ["a\n\nb\n\nc"]
 
 
 def test_data_that_cannot_be_read_is_refused_with_a_way_out(tmp_path):
-    path = tmp_path / "file"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("one", "")
-        file.writestr("two", "")
+    path, raw = tmp_path / "file", archive(*[texts_of(400, seed) for seed in range(3)])
     for content, message in {
-        path.read_bytes(): "zip of 2 files: unpack it",
+        zip_of("one", "two"): "zip of 2 files: unpack it",
         b"PAR1\0\0": "is a Parquet file.*JSON lines",
-        b"caf\xe9": "not UTF-8 text.*iconv",
-        "wide, no mark".encode("utf-16-le"): "NUL characters.*iconv",
+        "UTF-16".encode("utf-16"): "not UTF-8 text.*iconv",
         b'{"text": "a"}\n{"text": "b': "line 2: each line of JSON must be",
         b'{"story": "a"}': "line 1: each line of JSON must be",
-        gzip.compress(b"random " * 99)[:-9]: "damaged, cut or locked",
+        lzma.compress(b"random " * 99)[:-9]: "damaged, cut or locked",
+        raw[:20000]: "damaged, cut or locked",
+        raw[:9000] + bytes([raw[9000] ^ 255]) + raw[9001:]: "damaged, cut or locked",
+        raw.replace(b"openwebtext/m1", b"\xff" * 14): "damaged, cut or locked",  # a bad header
     }.items():
         path.write_bytes(content)
-        refused(message, lambda: list(data.read_text(path)))
+        refused(f"file.* {message}", lambda: list(data.read_text(path)))
+    path.write_text("<html>404")
+    refused("file is neither", lambda: list(data.read_openwebtext(path)))
 
 
 @pytest.mark.parametrize(
@@ -1099,53 +1102,6 @@ def test_data_detokenizers(tmp_path, name, tokenised, text):
         assert blocks[:-1, 1].tolist() == [*text.encode()]
 
 
-def tar_of(files):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def member_xz(texts):
-    return lzma.compress(tar_of({f"{i}.txt": text for i, text in enumerate(texts)}))
-
-
-def texts_of(n, seed=0):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 60, n)
-    return [bytes(rng.integers(97, 123, length).astype(np.uint8)) for length in lengths]
-
-
-def archive(path, members):
-    path.write_bytes(tar_of({f"openwebtext/m{i}_data.xz": one for i, one in enumerate(members)}))
-    return path
-
-
-def test_data_of_all_openwebtext_layouts_is_the_same_cleaned_documents(tmp_path):
-    texts = [b" a\n\n\n\n\nb\n\nc\n", b"\n\n", "é".encode(), *texts_of(9)]
-    outer = archive(tmp_path / "a.tar", [member_xz(texts[:5]), member_xz(texts[5:])])
-    (tmp_path / "a.tar.xz").write_bytes(lzma.compress(outer.read_bytes()))
-    raw = lzma.decompress(member_xz(texts))
-    (tmp_path / "two.xz").write_bytes(lzma.compress(raw[:700]) + lzma.compress(raw[700:]))
-    for name in ("a.tar", "a.tar.xz", "two.xz"):
-        documents = list(data.read_openwebtext(tmp_path / name))
-        assert documents == ["a\n\nb\n\nc", "é", *(text.decode() for text in texts[3:])]
-
-
-def test_data_of_damaged_archives_is_refused_by_name(tmp_path):
-    members = [member_xz(texts_of(400, seed)) for seed in range(3)]
-    raw = archive(tmp_path / "bad.tar", members).read_bytes()
-    flipped = raw[:9000] + bytes([raw[9000] ^ 255]) + raw[9001:]
-    bad_header = raw.replace(b"openwebtext/m1", b"\xff" * 14)
-    for bad in (flipped, bad_header, raw[:20000], lzma.compress(raw)[:-200], b"", b"<html>404"):
-        (tmp_path / "bad.tar").write_bytes(bad)
-        message = "bad.tar is (damaged|neither)"
-        refused(message, lambda: list(data.read_openwebtext(tmp_path / "bad.tar")))
-
-
 def test_data_of_text8_is_split_by_character(tmp_path):
     text = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz "), 1000))
     path, tokenizer = tmp_path / "text8", data.get_tokenizer("text8")
@@ -1158,25 +1114,19 @@ def test_data_of_text8_is_split_by_character(tmp_path):
         refused(message, prepare, tmp_path / "p", "text8", [path])
 
 
-@pytest.mark.parametrize(
-    "lengths, val_docs, train, said",
-    [
-        ([10] * 20, 0, 180, False),
-        ([10] * 20, 3, 170, False),
-        ([60, 33, 7], 0, 93, False),  # the nearest end
-        ([5, 95], 0, 90, True),  # no end is near: in the middle of a document
-        ([2], 0, 1, True),
-    ],
-)
-def test_data_held_back_is_the_last_tenth_of_the_tokens(
-    tmp_path, capsys, lengths, val_docs, train, said
-):
-    tokens = np.arange(sum(lengths), dtype=data.TOKEN)
-    documents = np.split(tokens, np.cumsum(lengths)[:-1])
-    data.write_shard(tmp_path / "train_000.bin", documents, tmp_path / "val_000.bin", val_docs)
-    assert stream(tmp_path, "train") == tokens[:train].tolist()
-    assert stream(tmp_path, "val") == tokens[train:].tolist()
-    assert ("in the middle of one" in capsys.readouterr().err) == said
+def test_data_held_back_is_the_last_tenth_of_the_tokens(tmp_path, capsys):
+    for lengths, val_docs, kept in [
+        ([10] * 20, 0, 180),
+        ([10] * 20, 3, 170),
+        ([60, 33, 7], 0, 93),  # the nearest end
+        ([5, 95], 0, 90),  # no end is near: in the middle of a document
+    ]:
+        tokens = np.arange(sum(lengths), dtype=data.TOKEN)
+        documents = np.split(tokens, np.cumsum(lengths)[:-1])
+        data.write_shard(tmp_path / "train_000.bin", documents, tmp_path / "val_000.bin", val_docs)
+        assert stream(tmp_path, "train") == tokens[:kept].tolist()
+        assert stream(tmp_path, "val") == tokens[kept:].tolist()
+        assert ("in the middle of one" in capsys.readouterr().err) == (kept == 90)
 
 
 class Killed(BaseException):
@@ -1186,8 +1136,9 @@ class Killed(BaseException):
 def test_data_killed_at_any_rename_ends_with_the_same_bytes_when_repeated(tmp_path, monkeypatch):
     """And it reads no file again that has its shard."""
     texts, real, read = texts_of(40), os.replace, []
-    members = [member_xz(texts[:15]), member_xz(texts[15:])]
-    paths = [archive(tmp_path / f"{name}.tar", members) for name in "abc"]
+    paths = [tmp_path / f"{name}.tar" for name in "abc"]
+    for path in paths:
+        path.write_bytes(archive(texts[:15], texts[15:]))
     prepare(tmp_path / "whole", "openwebtext", paths, val_docs=7)
 
     def recorded(path):
@@ -1216,45 +1167,32 @@ def test_data_killed_at_any_rename_ends_with_the_same_bytes_when_repeated(tmp_pa
 
 
 def test_data_of_other_settings_is_refused_and_of_a_mistake_mended(tmp_path):
-    good, bad, out = tmp_path / "good.txt", tmp_path / "bad.txt", tmp_path / "o"
-    good.write_text(PLAIN)
-    bad.write_bytes(b"caf\xe9")
-    out.mkdir()
-    (out / "train_mine.bin.tmp").write_bytes(b"precious")
-    refused("bad.txt is not UTF-8", prepare, out, "text", [good, bad])
-    refused("another source", prepare, out, "text", [bad, good])  # no longer what was finished
-    refused("another source", prepare, out, "text", [good, bad], tokenizer="toy")
-    shutil.copytree(out, tmp_path / "fewer")
-    prepare(tmp_path / "fewer", "text", [good])  # the bad one left out
-    prepare(tmp_path / "one", "text", [good])
-    for path in (tmp_path / "one").iterdir():
-        assert path.read_bytes() == (tmp_path / "fewer" / path.name).read_bytes()
-    finished = (out / "train_000.bin").stat().st_mtime_ns
-    bad.write_text("mended")
-    refused("1 documents, none left.*--val_docs", prepare, out, "text", [good, bad], val_docs=1)
-    prepare(out, "text", [good, bad])
-    assert (out / "train_000.bin").stat().st_mtime_ns == finished
+    one, two, out = tmp_path / "one.txt", tmp_path / "two.txt", tmp_path / "o"
+    one.write_text("a\n\nb\n\nc")
+    two.write_bytes(b"caf\xe9")
+    refused("two.txt is not UTF-8", prepare, out, "text", [two])
+    two.write_text("mended")  # no shard depended on it
+    refused("1 documents, none left.*--val_docs", prepare, out, "text", [one, two], val_docs=1)
+    refused("another source", prepare, out, "text", [two, one])
+    prepare(out, "text", [one, two])
     before = contents(out)
-    prepare(tmp_path / "at once", "text", [good, bad])
-    mine = {"train_mine.bin.tmp": b"precious"}
-    assert before == contents(tmp_path / "at once") | mine
-    for change in (dict(val_docs=6), dict(tokenizer="toy"), dict(files=[good])):
-        refused("another source", prepare, out, "text", **dict(files=[good, bad]) | change)
-    good.write_text(PLAIN.upper())  # of the same name and size
-    refused("another source", prepare, out, "text", [good, bad])
+    for change in (dict(val_docs=6), dict(tokenizer="toy"), dict(files=[one])):
+        refused("another source", prepare, out, "text", **dict(files=[one, two]) | change)
+    one.write_text("A\n\nb\n\nc")  # of the same name and size
+    refused("another source", prepare, out, "text", [one, two])
     assert contents(out) == before
 
 
 def test_data_is_downloaded_file_by_file_and_again_if_damaged(tmp_path, monkeypatch):
     out, seen, real = tmp_path / "o", [], urllib.request.urlopen
-    out.mkdir()
-    (out / "s1.tar").write_text("the user's own")
-    paths = [archive(tmp_path / f"s{i}.tar", [member_xz(texts_of(20, i))]) for i in range(2)]
+    paths, whole = [tmp_path / "s0.tar", tmp_path / "s1.tar"], archive(texts_of(20))
+    for path in paths:
+        path.write_bytes(whole)
     prepare(tmp_path / "local", "openwebtext", paths, val_docs=3)
-    urls, whole = [path.as_uri() for path in paths], paths[1].read_bytes()  # file:// has no server
+    urls = [path.as_uri() for path in paths]  # file:// has no server
 
     def fetch(url, *more):
-        seen.append(sorted(path.name for path in out.glob("*.*n")))
+        seen.append(sorted(contents(out)))
         answer = real(url, *more)
         if len(seen) == 2:
             answer.headers.replace_header("Content-Length", "9999999")  # more than will arrive
@@ -1262,30 +1200,29 @@ def test_data_is_downloaded_file_by_file_and_again_if_damaged(tmp_path, monkeypa
 
     monkeypatch.setattr(urllib.request, "urlopen", fetch)
     refused("s1.tar.*got only.*run again", prepare, out, "openwebtext", urls, val_docs=3)
+    (out / "download_s1.tar.tmp").unlink()
     paths[1].write_bytes(whole[:1000])
     refused("damaged.*run again to fetch it again", prepare, out, "openwebtext", urls, val_docs=3)
+    (out / "train_001.bin.tmp").unlink()
     paths[1].write_bytes(whole)
-    prepare(out, "openwebtext", urls, val_docs=3)
+    for _ in range(2):  # once it is complete, the network is not asked
+        prepare(out, "openwebtext", urls, val_docs=3)
     assert seen == [["meta.json"]] + [["meta.json", "train_000.bin"]] * 3
-    prepare(out, "openwebtext", urls, val_docs=3)  # complete: the network is not asked
-    made, local = contents(out), contents(tmp_path / "local")
-    assert made.pop("s1.tar") == b"the user's own"
-    assert len(seen) == 4 and made | {"meta.json": b""} == local | {"meta.json": b""}
+    same = {"meta.json": b"names the URLs"}
+    assert contents(out) | same == contents(tmp_path / "local") | same
 
 
 def test_data_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("two.txt").write_text("one\n\ntwo\n")
-    Path("empty.txt").touch()
     for precious in map(Path, ("foreign/train_000000.bin", "other/meta.json")):
         precious.parent.mkdir()
         precious.write_bytes(b"precious")
     for command, message in {
         "--val_doc 3": "--val_doc",
         "toy two.txt --val_docs 3": "leave out files, val_docs",
-        "foreign": "'foreign' is a folder or a pipe",
+        "foreign": "'foreign' is no file",
         "two.txt --tokenizer toy": "two.txt, document 1: the toy tokenizer has no word 'one'",
-        "empty.txt --tokenizer bytes": "empty.txt has no text",
         "two.txt --tokenizer bytes --out two.txt": "two.txt is a file: choose another --out",
         "two.txt --tokenizer bytes --out foreign": "another source",
         "two.txt --tokenizer bytes --out other": "meta.json is damaged or not made by data.py",
@@ -1332,8 +1269,6 @@ def test_data_run_turns_mistakes_into_a_line_and_hides_no_fault(tmp_path, monkey
     assert fail(KeyboardInterrupt()) == (130, "\ninterrupted\n")
     with pytest.raises(RuntimeError, match="shapes"):
         fail(RuntimeError("shapes do not match"))
-    with pytest.raises(ValueError, match="--nothing"):
-        data.Parser("A script.").parse_args(["--nothing"])
 
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -1348,34 +1283,28 @@ def test_data_run_turns_mistakes_into_a_line_and_hides_no_fault(tmp_path, monkey
     sys.stdout.close()
 
 
-def test_data_json_is_replaced_whole_and_devices_never(tmp_path, monkeypatch):
+def test_data_json_is_replaced_whole(tmp_path, monkeypatch):
     path, link = tmp_path / "new" / "a.json", tmp_path / "link.json"
     link.symlink_to(path)
     data.write_json(link, [1])
     assert json.loads(path.read_text()) == [1] and link.is_symlink()
-    os.mkfifo(tmp_path / "pipe")
-    pipe = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    data.write_json(tmp_path / "pipe", [2])
-    assert os.read(pipe, 99) == b"[\n  2\n]"
     written, real = [], os.replace
     monkeypatch.setattr(os, "replace", lambda old, new: (written.append(old), real(old, new)))
     for process in (1, 2):  # two at once
         monkeypatch.setattr(os, "getpid", lambda process=process: process)
         data.write_json(path, process)
     assert len(set(written)) == 2 and list(contents(path.parent)) == ["a.json"]
+    refused("a folder or a device", data.write_json, tmp_path, [1])  # such as /dev/null
 
 
-@pytest.mark.parametrize("terminal, low, high", [(True, 50_000, 1e9), (False, 1, 20_000)])
-def test_data_progress_writes_little_into_a_log(monkeypatch, terminal, low, high):
-    log = io.StringIO()
-    log.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stderr", log)
+def test_data_progress_writes_little_into_a_log(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
     bar = data.progress(total=1000)
     # A clock that advances a second a call, so that no test has to wait.
     bar._time, bar.last_print_t, bar.start_t = itertools.count().__next__, 0, 0
     for _ in range(1000):
         bar.update()
-    assert low < len(log.getvalue()) < high
+    assert 1 < len(sys.stderr.getvalue()) < 20_000
 
 
 # ------------ 3. The scripts, as a user meets them ------------------------------------------------
