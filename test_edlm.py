@@ -1586,7 +1586,9 @@ class TestTrain:
         steps = [row for row in rows if "loss" in row]
         keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
         assert all(row.keys() == keys for row in steps)
-        assert [row["step"] for row in rows if row.keys() == {"step", "val_loss"}] == [2, 4, 6]
+        assert [
+            row["step"] for row in rows if row.keys() == {"step", "val_loss", "standard_error"}
+        ] == [2, 4, 6]
         assert [row["tokens"] for row in steps] == [step * 8 * 21 for step in range(1, 7)]
         assert steps[0]["loss"] == pytest.approx(guessing, rel=0.05)
         # warm-up of two steps, then a cosine that would reach 0 at step 6

@@ -419,16 +419,20 @@ def update_average(run: Run, decay: float) -> None:
 
 
 @torch.no_grad()
-def validate(run: Run, s: Settings, held_out: data.Blocks, device) -> float:
-    """The loss of the averaged weights on the first --eval_blocks validation blocks."""
+def validate(run: Run, s: Settings, held_out: data.Blocks, device) -> dict:
+    """The loss of the averaged weights on the first --eval_blocks validation blocks: a log row."""
     part = Subset(held_out, range(min(s.eval_blocks, len(held_out))))
-    loader = DataLoader(part, batch_size=max(1, 4096 // s.block_size))  # 4096 tokens at once
-    total = 0.0
+    loader = DataLoader(part, batch_size=max(1, 2048 // s.block_size))  # 2048 tokens at once
+    losses, sizes = [], []
     for i, x0 in enumerate(data.progress(loader, desc="validation", leave=False, delay=1)):
         torch.manual_seed(i)  # the same masks every time
         with edlm.autocast(device):
-            total += len(x0) * training_loss(run, run.average, x0.to(device)).item()
-    return total / len(part)
+            losses.append(training_loss(run, run.average, x0.to(device)).item())
+        sizes.append(len(x0))
+    losses, sizes = torch.tensor(losses), torch.tensor(sizes)
+    mean = (losses * sizes).sum() / sizes.sum()
+    error = losses.std() / math.sqrt(len(losses)) if len(losses) > 1 else torch.zeros(())
+    return dict(step=run.step, val_loss=mean.item(), standard_error=error.item())
 
 
 # ------------ 4. The loop -------------------------------------------------------------------------
@@ -469,9 +473,9 @@ def train_loop(run: Run, s: Settings, batches, held_out, log, path: Path, caught
             if norm.is_cuda:
                 shown["mem"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"
             if rank == 0 and saving:
-                val_loss = validate(run, s, held_out, norm.device)
-                log.write(json.dumps(dict(step=run.step, val_loss=val_loss)) + "\n")
-                shown["val"] = f"{val_loss:.3f}"
+                row = validate(run, s, held_out, norm.device)
+                log.write(json.dumps(row) + "\n")
+                shown["val"] = f"{row['val_loss']:.3f}"
             bar.set_postfix(shown, refresh=False)
             if rank == 0 and (saving or stopping):
                 save(run, path, log)
@@ -650,17 +654,17 @@ def stages_to_do(args) -> list[str]:
 
 def print_table(out: str, s: Settings) -> None:
     """The last validation losses of the two language models, beside the entropy of the toy's."""
-    rows = []
+    print(f"\n{'validation':20}{'nats per token':>20}{'perplexity':>14}")
     if data.Blocks(s.data, "val", s.block_size).tokenizer == "toy":
-        rows.append(("language (floor)", data.toy_entropy() / (s.block_size - 1)))
+        floor = data.toy_entropy() / (s.block_size - 1)
+        print(f"{'language (floor)':20}{floor:>10.4f}{math.exp(floor):>24.3f}")
     for stage, name in (("ar", "AR"), ("denoiser", "MDLM (bound)")):
         path = Path(out, f"{stage}.jsonl")
         lines = path.read_text().splitlines() if path.exists() else []
-        losses = [json.loads(line)["val_loss"] for line in lines if "val_loss" in line]
-        rows += [(name, loss) for loss in losses[-1:]]
-    print(f"\n{'validation':20}{'nats per token':>16}{'perplexity':>14}")
-    for name, nats in rows:
-        print(f"{name:20}{nats:>16.4f}{math.exp(nats):>14.3f}")
+        rows = [row for row in map(json.loads, lines) if "val_loss" in row]
+        for row in rows[-1:]:
+            nats, error = row["val_loss"], row["standard_error"]
+            print(f"{name:20}{nats:>10.4f} +- {error:.4f}{math.exp(nats):>14.3f}")
     print(f"\nnext: python sample.py --out {out}    python sample.py --eval --out {out}")
 
 
