@@ -1491,7 +1491,9 @@ class TestTrain:
             exact = -models["ar"].log_prob(x0).sum(dim=1).mean().item() / 20
         floor = data.toy_entropy() / 20
         for name, nats in (("MDLM (bound)", bound), ("AR", exact), ("language (floor)", floor)):
-            shown = re.search(rf"^{re.escape(name)} +([\d.]+) +([\d.]+)$", table, re.M)
+            shown = re.search(
+                rf"^{re.escape(name)} +([\d.]+)(?: \+- [\d.]+)? +([\d.]+)$", table, re.M
+            )
             values = [float(value) for value in shown.groups()]
             assert values == pytest.approx([nats, math.exp(nats)], abs=6e-4), table
 
@@ -1586,9 +1588,7 @@ class TestTrain:
         steps = [row for row in rows if "loss" in row]
         keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
         assert all(row.keys() == keys for row in steps)
-        assert [
-            row["step"] for row in rows if row.keys() == {"step", "val_loss", "standard_error"}
-        ] == [2, 4, 6]
+        assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
         assert [row["tokens"] for row in steps] == [step * 8 * 21 for step in range(1, 7)]
         assert steps[0]["loss"] == pytest.approx(guessing, rel=0.05)
         # warm-up of two steps, then a cosine that would reach 0 at step 6
