@@ -763,9 +763,13 @@ def report(out: str) -> None:
         print(f"{out}: {counts[split]:,} {meta['tokenizer']} tokens to {split}")
     if not counts["train"] / 200 < counts["val"] < counts["train"]:
         print("note: a lopsided split. The end of the last file is held back: see --val_docs")
-    small = " --block_size 128 --n_layer 4 --n_embd 128 --batch_size 32"
-    flags = "" if meta["tokenizer"] == "toy" else small
-    print(f"next: python train.py --data {shlex.quote(out)}{flags}")
+    presets = {"data/shakespeare": "shakespeare", "data/text8": "text8", "data/openwebtext": "owt"}
+    flags = f"--data {shlex.quote(out)}"
+    if out in presets:
+        flags = f"--preset {presets[out]}"
+    elif meta["tokenizer"] != "toy":
+        flags += " --block_size 128 --n_layer 4 --n_embd 128 --batch_size 32"
+    print(f"next: python train.py {flags}")
 
 
 def main(argv: list[str] | None = None) -> None:
