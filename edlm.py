@@ -10,7 +10,8 @@ Language Models for Text Generation", ICLR 2025, arXiv:2410.21357. It builds on 
 Masked diffusion hides the tokens of a text behind masks and learns to put them back. A *denoiser*
 fills all masks in one pass, each from a distribution of its own. So words that should agree with
 each other often do not. A *residual energy* reads a whole candidate text and says how plausible it
-is. EDLM lets the denoiser draft several candidates and keeps one of them, chosen by the energy.
+is. EDLM lets the denoiser draft several candidates, and the energy chooses one of them. Some of its
+tokens are revealed; the rest is drafted again in the next step.
 
 Symbols, the same everywhere:
 
@@ -25,8 +26,9 @@ Symbols, the same everywhere:
     U        Bool[B, L]   those positions of S that one step of the sampler reveals
     x_{-S}                x0 without its tokens on S: they are masked. Any x_t is x_{-S} for its S
     x0_U                  the tokens of x0 on U
-    mu                    the denoiser's distribution; mu_i is its part for position i
-    log_q    Float[B, K]  log mu of all masked tokens of a candidate, in nats
+    mu                    the denoiser's distribution, from which candidates are proposed: a product
+                          of mu_i over positions i; mu_U is the product over U
+    log_q    Float[B, K]  log mu of all masked tokens of a candidate, in nats (q: the proposal)
     E        Float[B, K]  energy of a candidate; a low energy means a plausible text
 
 A denoiser is whatever can be called as denoiser(x_t, where Bool[B, L]) and returns logits for the N
@@ -37,8 +39,9 @@ log_q) and returns Float[B, K].
 The equations, in the paper's order; mean[...] is an average, x' a draw from mu(. | x_t):
 
     (1) forward    a token is masked with probability 1 - alpha_t; alpha_1 = 0 and alpha_0 = 1
-    (2) reverse    from t to an earlier s < t, a masked token is revealed with probability
-                   (alpha_s - alpha_t) / (1 - alpha_t); a revealed token never changes again
+    (2) reverse    decoding goes down from t = 1 to t = 0; in a step from t to s < t, a masked token
+                   is revealed with probability (alpha_s - alpha_t) / (1 - alpha_t), and then
+                   never changes again
     (3) NELBO      sum over m = 1..M of (1/m) mean over |S| = m [
                        sum over i in S of -log mu_i(x0_i | x_{-S}) ]
     (4) EDLM       p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t)
@@ -123,7 +126,7 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, L, D] each
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
-        if cache:  # keys and values of the tokens before
+        if cache:  # not None and not empty: keys and values of the tokens before
             k = torch.cat((cache[0], k), dim=2)
             v = torch.cat((cache[1], v), dim=2)
         if cache is not None:
@@ -257,46 +260,46 @@ def draw_timetable(
     if steps is not None and steps < 1:
         raise ValueError(f"a chain has at least 1 step, not {steps}")
     u = torch.rand(masked.shape, dtype=torch.float64, device=masked.device, generator=generator)
-    when = 1 - time_of(u, schedule)
+    times = 1 - time_of(u, schedule)
     if steps is not None:
-        when = (when * steps).floor().clamp(max=steps - 1) / steps
-    return when.masked_fill(~masked, math.inf)
+        times = (times * steps).floor().clamp(max=steps - 1) / steps
+    return times.masked_fill(~masked, math.inf)
 
 
-def draw_step(
-    x0: Tensor, steps: int | None = None, window: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A random step of a chain that ends in x0: (S Bool[B, L], U Bool[B, L], inside Bool[B]).
+def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """A random step of a chain that ends in x0: (S Bool[B, L], U Bool[B, L], when Float64[B]).
 
-    All training losses and all estimators start here. S is masked when the step begins, and U is
-    revealed in it. `inside` says whether it begins in the importance-sampling window, where
-    t > 1 - window.
+    S is masked when the step begins, U is revealed in it, and `when` is the time at which it begins,
+    counted from the start of decoding. The losses of the denoiser and of the NCE energy, and both
+    estimators of section 7, start here.
 
     We want the sum of a cost over all steps of the chain, but look at one step only. Draw a
     timetable, pick a random token, and take the step that reveals it. A step is taken with
-    probability |U| / M, so we divide by that: (M / |U|) cost is unbiased. Many costs are sums over
-    the tokens of U. Given its size, U is a random subset of S. So the sum over U may be replaced by
-    |U| / |S| times the sum over S, which varies less. The estimate then is M / |S| times the sum
-    over S.
+    probability |U| / M, so we divide by that: (M / |U|) cost is unbiased.
 
-    The picked tokens are spread evenly over the batch, from those revealed first to those revealed
-    last. This makes the mean over the batch more precise.
+    Often the cost has one term for each token of U, and the terms depend on S only. Given S and
+    |U|, all subsets of S of that size are equally likely to be U. So the mean of the sum over U is
+    |U| / |S| times the sum over S. With this in its place, the estimate becomes M / |S| times the
+    sum over S: still unbiased, and it varies less.
     """
     B, L = x0.shape
     maskable = torch.ones_like(x0, dtype=torch.bool)
     maskable[:, 0] = False
-    when = draw_timetable(maskable, steps)  # [B, L]
-    strata = torch.randperm(B, device=x0.device) + torch.rand(1, device=x0.device)
-    rank = (strata / B * (L - 1)).long().clamp(max=L - 2)  # the picked token is revealed rank-th
-    now = when.sort(dim=1).values.gather(1, rank[:, None])  # [B, 1], since the start of decoding
-    S = (when >= now) & maskable
-    U = when == now
-    return S, U, now[:, 0] < window
+    times = draw_timetable(maskable, steps)  # [B, L]
+    # Each row gets one of B equal parts of [0, 1), in random order, and picks its token by a place
+    # there. Each row alone is uniform; together they are spread evenly, so their mean varies less.
+    place = (torch.randperm(B, device=x0.device) + torch.rand(1, device=x0.device)) / B
+    rank = (place * (L - 1)).long().clamp(max=L - 2)  # the picked token is revealed rank-th, from 0
+    when = times.sort(dim=1).values.gather(1, rank[:, None])  # [B, 1]
+    S = (times >= when) & maskable
+    U = times == when
+    return S, U, when[:, 0]
 
 
 # ------------ 3. The denoiser and its NELBO -------------------------------------------------------
 
-# Rows of V numbers that are made at once. 2048 keep a GPU busy, 64 stay in a CPU's cache.
+# Tables of probabilities [N, V] can be huge. They are made so many rows at a time: 2048 rows keep a
+# GPU busy, 64 rows stay in a CPU's cache.
 ROWS = {"cuda": 2048, "cpu": 64}
 
 
@@ -350,8 +353,8 @@ def nelbo(denoiser, x0: Tensor, *, mask_id: int) -> Tensor:
     With many steps tokens are revealed one by one. While m are left, S is uniform among the sets of
     that size, and each token of S is the next with probability 1/m: this is (3). One random S for
     each row is enough for an unbiased estimate, see `draw_step`. The mean over a batch is the
-    denoiser's training loss. It has no weight 1/t, as the usual form of this loss has, and so it
-    varies less.
+    denoiser's training loss. The usual form of this loss has the weight 1/t. Here it is M / |S|:
+    |S| / M is the share that really is masked, of which t is only the mean. So it varies less.
     """
     S, _, _ = draw_step(x0)
     x_t = x0.masked_fill(S, mask_id)
@@ -463,8 +466,8 @@ class AutoregressiveLM(nn.Module):
 class ARResidual:
     """EDLM-AR, equation (5): the AR model judges, and the denoiser's own opinion is taken out.
 
-    In (4) mu cancels then: p(x0 | x_t) is p_AR(x0), normalised over the texts that agree with x_t.
-    Z is the AR model's probability of the visible tokens, which nobody can compute.
+    Put into (4), this cancels mu: p(x0 | x_t) is p_AR(x0), normalised over the texts that agree
+    with x_t. Z is the AR model's probability of the visible tokens, which nobody can compute.
 
     carry_over=True is EDLM-coAR: only masked tokens are scored, not those carried over from x_t.
     Now mu exp(-E) is the product over masked i of p_AR(x0_i | x0_<i). It sums to exactly 1: Z = 1.
@@ -519,8 +522,8 @@ class NCEResidual(nn.Module):
         """candidates Long[B, K, L], x_t Long[B, L] -> E Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]  # [B, K, L, d]
-        h = self.transformer(h.flatten(0, 1).float())  # [B K, L, d]
-        # bfloat16 would leave three digits of E, so the rest is done in float32.
+        h = self.transformer(h.flatten(0, 1).float())  # [B K, L, d]; float32 between the layers
+        # bfloat16 would leave three digits of E, so the rest is done in float32 throughout.
         with torch.autocast(h.device.type, enabled=False):
             h = h.float().mean(dim=1)  # [B K, d]
             return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2])
@@ -568,6 +571,10 @@ def sample_plain(
     denoiser, x, *, mask_id, steps, energy=None, k=1, window=1.0, schedule="linear"
 ) -> Tensor:
     """Algorithm 1 of the paper, as it is written: x Long[B, L] -> Long[B, L].
+
+    In each step the denoiser fills all masks, k times, and the energy keeps one of the k texts. For
+    each mask a coin then decides whether it takes its token from that text. The rest of the text is
+    thrown away, and drafted again in the next step.
 
     Arguments are those of `sample`, which draws from the same law in less time.
     """
@@ -627,10 +634,10 @@ class SampleState:
     """What `sample_states` and `sample_exact` yield."""
 
     x: Tensor  # Long[B, L]
-    t: Tensor  # Float[B], the time that each row has reached, from 1 towards 0
+    t: Tensor  # Float[B], the time each row has reached (`sample_exact`: the share still masked)
     ess: Tensor  # Float[B], effective sample size 1 / (sum of w^2); nan where none was judged
-    in_turn: Tensor  # Long[B], network passes so far, one after the other; judging is one more
-    in_all: Tensor  # Long[B], network passes so far in all; judging k candidates is k more
+    in_turn: Tensor  # Long[B], passes so far, if k candidates are judged in parallel: 1 pass
+    in_all: Tensor  # Long[B], passes so far, if each judged candidate is a pass of its own
     refused: Tensor | None = None  # Long[B], drafts refused so far (`sample_exact` only)
 
 
@@ -677,29 +684,30 @@ def sample_states(
     check_start(x, mask_id, denoiser=denoiser, energy=energy)
     if energy is None or window == 0:
         k = 1
-    when = draw_timetable(x == mask_id, steps, schedule, generator)  # [B, L]
+    times = draw_timetable(x == mask_id, steps, schedule, generator)  # [B, L]
     t = torch.ones(len(x), device=x.device)
     in_turn = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    in_all = in_turn.clone()
+    in_all = in_turn
     yield SampleState(x, t, torch.full_like(t, math.nan), in_turn, in_all)
-    while when.isfinite().any():
-        rows = when.isfinite().any(dim=1).nonzero()[:, 0]  # finished sequences drop out
-        now = when[rows].min(dim=1).values  # [rows]
-        U = when[rows] == now[:, None]  # [rows, L]
+    while times.isfinite().any():
+        rows = times.isfinite().any(dim=1).nonzero()[:, 0]  # finished sequences drop out
+        now = times[rows].min(dim=1).values  # [rows]
+        U = times[rows] == now[:, None]  # [rows, L]
         inside = (now < window) & (k > 1)
-        some = dict(mask_id=mask_id, k=k, generator=generator)
-        chosen, row_ess = choose(denoiser, energy, x[rows], U, inside, rows, **some)
+        chosen, row_ess = choose(
+            denoiser, energy, x[rows], U, inside, rows, mask_id=mask_id, k=k, generator=generator
+        )
         x, t, in_turn, in_all = x.clone(), t.clone(), in_turn.clone(), in_all.clone()
         x[rows] = torch.where(U, chosen, x[rows])
         t[rows] = (1 - now - (1 / steps if steps else 0)).float()
+        times[rows] = times[rows].masked_fill(U, math.inf)
         ess = torch.full_like(t, math.nan)
         ess[rows] = row_ess
         judged = ess.isfinite()
         in_turn[rows] += 1
-        in_all[rows] += 1
         in_turn += judged
+        in_all[rows] += 1
         in_all += k * judged
-        when[rows] = when[rows].masked_fill(U, math.inf)
         yield SampleState(x, t, ess, in_turn, in_all)
 
 
@@ -708,16 +716,15 @@ def sample(
 ) -> Tensor:
     """Draws from EDLM (Algorithm 1): x Long[B, L], mask_id where a token is wanted -> Long[B, L].
 
-    All masks after BOS is unconditional sampling, tokens first a prompt, tokens anywhere infilling;
-    given tokens never change. Inside the window (t > 1 - window) the energy judges k candidates a
-    step. Plain diffusion (MDLM) is k = 1, no energy, or window = 0. steps=None reveals one token at
-    a time.
+    If all but BOS is masked, this is unconditional sampling. Tokens given at the start are a
+    prompt; tokens given anywhere make it infilling. Given tokens never change. Inside the window,
+    where t > 1 - window, the energy judges k candidates in each step. With k = 1, no energy or
+    window = 0 this is plain diffusion (MDLM). steps=None reveals one token at a time.
 
-    The law is that of the chain of `steps` steps, for any batch size, up to rounding. A sequence
+    The law is that of the chain of `steps` steps; the batch size does not change it. A sequence
     takes at most min(steps, masked tokens) passes of the denoiser. A torch.Generator must live on
-    the model's device. Raises ValueError for steps < 1, k < 1, a window outside [0, 1], an unknown
-    schedule, a masked x[:, 0], a model in training mode, logits that are no distribution, and
-    energies of which `check_energies` can make no weights.
+    the model's device. Raises ValueError for arguments out of range, a masked x[:, 0], a model in
+    training mode, logits that are no distribution, and energies that `check_energies` refuses.
     """
     settings = dict(steps=steps, energy=energy, k=k, window=window, schedule=schedule)
     for state in sample_states(denoiser, x, mask_id=mask_id, generator=generator, **settings):
@@ -738,7 +745,7 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
     positive part of p_i - q_i. This makes up for the refusals: now draft i has exactly the law p_i.
     Up to and including the first refusal, the AR model has read the true text, so these tokens are
     revealed. To the right of it, it has read a draft that is no longer there. Those tokens stay
-    drafts for the next round, in which these p are the q.
+    drafts. They now come from p, so in the next round this p takes the place of q.
 
     This is speculative decoding with a denoiser as the drafter. `ar` has a method `logits`, as
     AutoregressiveLM has. Given tokens never change; p_AR does not see those to the right of a gap.
@@ -749,10 +756,10 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
     passes = torch.zeros(len(x), dtype=torch.long, device=x.device)
     refusals = passes
     nan = torch.full(passes.shape, math.nan, device=x.device)
-    yield SampleState(x, torch.ones_like(nan), nan, passes, passes, refusals)
     S = x == mask_id
     wanted = S.sum(dim=1).clamp(min=1)
-    q = probabilities(denoiser(x, S), mask_id)  # [N, V]
+    yield SampleState(x, S.sum(dim=1) / wanted, nan, passes, passes, refusals)
+    q = probabilities(denoiser(x, S), mask_id)  # [N, V], and mask_id = V
     draft = categorical(q.log(), 1, generator)[0]  # [N, 1]
     passes = passes + S.any(dim=1)
     while S.any():
@@ -761,19 +768,19 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
         p = probabilities(ar.logits(read, S[unfinished]), mask_id)  # [N, V]
         passes = passes + unfinished
         u = torch.rand(draft.shape, device=x.device, generator=generator)
-        refused = (u * q.gather(1, draft) >= p.gather(1, draft))[:, 0]  # [N]
+        refused = ~(u * q.gather(1, draft) < p.gather(1, draft))[:, 0]  # [N], True for nan too
         rest = (p[refused] - q[refused]).clamp(min=0)
         empty = rest.sum(dim=1, keepdim=True) == 0  # p equals q up to rounding
         rest = torch.where(empty, p[refused], rest)
         draft[refused] = categorical(rest.log(), 1, generator)[0]
         refused = put_back(refused, S)  # [B, L]
         before = refused.cumsum(dim=1) - refused.long()  # refusals to the left of each position
-        right = S & (before == 0)
-        refusals = refusals + (refused & right).sum(dim=1)
-        x = torch.where(right, x.masked_scatter(S, draft), x)
-        still = ~right[S]  # p, q and the drafts have a row for each True of S
+        settled = S & (before == 0)  # up to and including the first refusal
+        refusals = refusals + (refused & settled).sum(dim=1)
+        x = torch.where(settled, x.masked_scatter(S, draft), x)
+        still = ~settled[S]  # p, q and the drafts have a row for each True of S
         q, draft = p[still], draft[still]
-        S = S & ~right
+        S = S & ~settled
         yield SampleState(x, S.sum(dim=1) / wanted, nan, passes, passes, refusals)
 
 
@@ -785,15 +792,16 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #                      The first holds for every n, the second once n is large enough.
 #     (9)  joint       sum over m = 1..M of (1/m) mean over |S| = m [
 #                          -log mu(x0 | x_{-S}) + E(x0, x_{-S}) + log Z(x_{-S}) ]
-#     (10) sampler     a step that reveals U out of S costs -log P_k(x0_U | x_{-S}), where
+#     (10) sampler     a step that reveals U out of S costs -log P_k(x0_U | x_{-S}). Draw k
+#                      candidates from mu, but give the first one the tokens x0_U on U. Let
+#                      w_i = exp(-E) be their weights. Then
 #                      P_k(x0_U | x_{-S}) = mu_U(x0_U) mean[ k w_1 / (w_1 + ... + w_k) ]
-#                      and w = exp(-E) are the weights of k candidates; the first has x0 on U
 #
 # The joint formula (9) is the paper's, and its tables report it. It is the NELBO (3) with
 # -log p(x0 | x_t) of (4) in place of -log mu. In a chain of T steps, it charges the share |U| / |S|
-# of -log p(x0 | x_t) for each step; (9) as written is the limit of many steps. For independent
-# tokens, as under mu, that share is right. With an energy the tokens of a step depend on each
-# other, and it is not: revealing U costs -log of the *marginal* probability of x0_U.
+# of -log p(x0 | x_t) for each step; (9) as written is the limit of many steps. If the tokens of S
+# are independent, as under mu, this is right on average over U. With an energy they depend on each
+# other, and it is wrong: revealing U costs -log of the *marginal* probability of x0_U.
 #
 # Example: two fair bits that are always equal. Their entropy is 1 bit. The energy is the best one,
 # so (4) is the data's distribution, and the chain draws it exactly in any number of steps. With
@@ -805,14 +813,14 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #     none of them             1/4           0   + 1  =  1             0 + 1  =  1
 #     mean                                              3/4 bit                  1 bit
 #
-# Whoever sees one of the bits has paid only half of the bit that both share. So the joint formula
-# reports less than the entropy, which no distribution can. As T grows it falls to 1/2 bit.
+# In the middle row, the first bit that is revealed also tells the other one. The joint formula
+# charges 1/2 bit for it, and then nothing for the other one, because it is certain. So it reports
+# less than the entropy, which no distribution can. As T grows it falls to 1/2 bit.
 #
 # The sampler's cost (10) is that of the very law `sample` draws from. Of k candidates, the first is
 # x0 on U with probability mu_U(x0_U), and it is then kept with probability w_1 / (w_1 + ... + w_k).
-# Any of the k can be the one, hence the factor k. The mean is over the rest of the first candidate
-# and over the k - 1 others. k = 1 is the NELBO of a chain of T steps. For k to infinity, P_k tends
-# to the marginal of (4).
+# Any of the k can be the one, hence the factor k. k = 1 is the NELBO of a chain of T steps. For k
+# to infinity, P_k tends to the marginal of (4).
 
 
 def log_mean_exp(a: Tensor) -> Tensor:
@@ -833,6 +841,7 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     n = 2, 8, 32, 128 and 512. `upper` is +inf for a row in which only one draw has a finite energy.
     Raises ValueError for n < 2 and for energies that `check_energies` refuses.
     """
+    check_eval(denoiser=denoiser, energy=energy)
     if n < 2:
         raise ValueError(f"the bounds on log Z leave one of n >= 2 draws out: n is {n}")
     S = x_t == mask_id
@@ -845,7 +854,7 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     others = log_w[:, None].expand(-1, n, n).masked_fill(left_out, -math.inf)  # [B, n, n]
     A_less = (others.logsumexp(dim=2) - math.log(n - 1)).mean(dim=1)
     upper = (2 * n - 1) * A_n - 2 * (n - 1) * A_less
-    return A_n.to(log_q), upper.to(log_q)
+    return A_n.float(), upper.float()
 
 
 @torch.no_grad()
@@ -857,10 +866,11 @@ def joint_nelbo(
     This is no bound on any likelihood; the head of this section says why. It is one random draw a
     row, unbiased but for log Z, for a chain of `steps` steps (None: the limit of many steps).
     log_partition says what stands for log Z: the "lower" or the "upper" end of (8) from n draws, or
-    "exact", which is 0 and true of EDLM-coAR only. At small n even "upper" is too low, so the
+    "exact", which is 0: EDLM-coAR guarantees that. At small n even "upper" is too low, so the
     perplexity comes out too good: see `log_partition_bounds`. Raises ValueError for another
     log_partition, for steps < 1, and what `log_partition_bounds` raises.
     """
+    check_eval(denoiser=denoiser, energy=energy)
     if log_partition not in ("upper", "lower", "exact"):
         raise ValueError(f"log_partition must be upper, lower or exact, not {log_partition!r}")
     S, _, _ = draw_step(x0, steps)
@@ -893,10 +903,12 @@ def sampler_nelbo(
     0 <= window <= 1, for steps < 1, and, naming the row, where all k candidates of a term have
     energy +inf, which `sample` refuses as well.
     """
+    check_eval(denoiser=denoiser, energy=energy)
     if not 1 <= k <= n or not 0 <= window <= 1:
         raise ValueError(f"needs 1 <= k <= n and 0 <= window <= 1: got {k}, {n}, {window}")
     M = x0.shape[1] - 1
-    S, U, inside = draw_step(x0, steps, window)
+    S, U, when = draw_step(x0, steps)
+    inside = when < window  # as in `sample_states`
     x_t = x0.masked_fill(S, mask_id)
     logits = denoiser(x_t, S)
     log_q0 = candidate_log_q(logits, x0[:, None], S)[:, 0]  # [B]

@@ -291,7 +291,8 @@ def test_draw_step_has_the_law_that_the_losses_weigh(steps):
     torch.manual_seed(0)
     x0, bits, draws, sizes = torch.randint(3, (B, M + 1)), 2 ** torch.arange(M + 1), [], []
     for _ in range(1500):
-        S, U, inside = edlm.draw_step(x0, steps, window)
+        S, U, when = edlm.draw_step(x0, steps)
+        inside = when < window
         draws.append(1024 * inside + 32 * (S * bits).sum(dim=1) + (U * bits).sum(dim=1))
         sizes.append(S.sum(dim=1))
     draws, sizes = torch.stack(draws), torch.stack(sizes)  # [1500, B] both
@@ -440,6 +441,9 @@ def test_logits_that_are_no_distribution_are_refused_by_row():
         edlm.nce_loss(broken, zero_energy, world.x0s, mask_id=3)
     with pytest.raises(ValueError, match="row 0 of the logits"):
         edlm.sample(broken, world.start[None], mask_id=3, steps=2)
+    for pair in ((broken, Tables(world, 0)), (world.denoiser, SimpleNamespace(logits=broken))):
+        with pytest.raises(ValueError, match="row 0 of the logits"):
+            list(edlm.sample_exact(*pair, world.start[None], mask_id=3))
 
 
 def test_unused_columns_are_never_drawn_and_never_learn():
@@ -473,6 +477,8 @@ def test_wrong_arguments_are_refused():
         (draw, dict(x=torch.full((1, 4), 2)), dict(denoiser=denoiser), dict(energy=nce)),
         (draw, dict(energy=edlm.ARResidual(ar))),
         (joint, dict(n=1), dict(n=2, log_partition="middle"), dict(n=2, steps=0)),
+        (joint, dict(n=2, denoiser=denoiser), dict(n=2, energy=nce)),
+        (bound, dict(k=2, denoiser=denoiser), dict(k=2, energy=nce)),
         (bound, dict(k=0), dict(k=3), dict(k=2, window=1.5), dict(k=2, steps=0)),
         (edlm.nce_loss, dict(denoiser=denoiser, energy=nce, x0=world.x0s, mask_id=2)),
         (ar.transformer, dict(h=torch.zeros(1, 5, 8))),  # longer than the block

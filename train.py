@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Subset
 import data
 import edlm
 
-STAGES = tuple(edlm.KINDS)  # denoiser, ar, energy
+STAGES = ("denoiser", "ar", "energy")  # in this order: the energy needs the denoiser
 SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "dropout")  # with the vocabulary, a Config
 
 # ------------ 1. Settings -------------------------------------------------------------------------
@@ -91,7 +91,7 @@ PRESETS = {
         "energy_steps": 1600,
         "compile": "no",
     },
-    "text8": {  # width 768, because the paper's 784 does not divide into 12 heads
+    "text8": {  # the width stays 768: the paper's 784 does not divide into 12 heads
         "data": "data/text8",
         "block_size": 256,
         "dropout": 0.05,
@@ -154,7 +154,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, Settings]:
     presets = [f"preset {name}: {json.dumps(values)}" for name, values in PRESETS.items()]
     parser = data.Parser(__doc__, epilog="\n\n".join(presets))
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="settings to begin with (default: toy)")
+    add("--preset", choices=PRESETS, help="settings of a new run (default: toy)")
     add("--out", help="folder of the run (default: out/ and the name of the data folder)")
     add("--stage", choices=(*STAGES, "all"), default="all", help="what to train (default: all)")
     add("--resume", action="store_true", help="go on with the run in --out, or begin it")
@@ -163,7 +163,7 @@ def parse(argv=None) -> tuple[argparse.Namespace, Settings]:
     add("--import", dest="file", help="make a stage of --out of this published file (GPT-2 tokens)")
     add("--max_steps", type=int, help="sets denoiser_steps, ar_steps and energy_steps")
     for f in fields(Settings):
-        choices, text = f.metadata["choices"], f"{f.metadata['help']} (default: {f.default})"
+        choices, text = f.metadata["choices"], f"{f.metadata['help']} (preset owt: {f.default})"
         metavar = None if choices else f.type.__name__
         form = dict(type=f.type, choices=choices, metavar=metavar, help=text)
         add(f"--{f.name}", default=argparse.SUPPRESS, **form)
@@ -183,7 +183,8 @@ def parse(argv=None) -> tuple[argparse.Namespace, Settings]:
 def saved_settings(args) -> dict:
     """settings.json of --out if this command adds to the run there, else {}."""
     path = Path(args.out, "settings.json")
-    others = set(STAGES) - set(asked_stages(args)) if not args.file else STAGES
+    asked = () if args.file else asked_stages(args)  # an import adds to any run that is there
+    others = [stage for stage in STAGES if stage not in asked]
     adds = args.resume or any(checkpoint_path(args.out, stage).exists() for stage in others)
     if not adds or not path.exists():
         return {}
@@ -201,6 +202,10 @@ def asked_stages(args) -> tuple:
 
 def checkpoint_path(out, stage: str) -> Path:
     return Path(out, f"{stage}.pt")
+
+
+def log_path(out, stage: str) -> Path:
+    return Path(out, f"{stage}.jsonl")
 
 
 # ------------ 2. What is minimised, and how -------------------------------------------------------
@@ -225,7 +230,7 @@ def orthogonalise(G: torch.Tensor) -> torch.Tensor:
     this one is tuned to raise small ones fast.
     """
     # a CPU without bfloat16 instructions emulates them, 60 times slower than it computes in float32
-    X = G.bfloat16() if G.is_cuda and torch.cuda.is_bf16_supported(False) else G
+    X = G.bfloat16() if G.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else G
     tall = X.shape[1] > X.shape[2]
     X = X.mT if tall else X  # the smaller side makes the smaller X X^T
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no singular value is above 1
@@ -281,7 +286,7 @@ def make_optimizers(model, s: Settings) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(s: Settings, stage: str, step: int) -> float:
-    """Linear warm-up, then constant or a cosine to zero at the stage's last step."""
+    """Linear warm-up, then constant or a cosine that falls to zero when the stage ends."""
     peak = s.energy_lr if stage == "energy" else s.lr
     if step < s.warmup_steps:
         return peak * (step + 1) / s.warmup_steps
@@ -329,7 +334,7 @@ def begin(args, s: Settings, stage: str, blocks: data.Blocks, device) -> Run:
         model = edlm.NCEResidual.from_denoiser(denoiser).to(device)
     else:
         model = edlm.KINDS[stage](config).to(device)
-    facts["corpus"] = [len(blocks), *blocks.meta["source"]]
+    facts["corpus"] = [len(blocks), *blocks.meta["source"]]  # the source files' names and sizes
     facts["optimizer"] = s.optimizer
     average = copy.deepcopy(model).eval().requires_grad_(False)
     last = getattr(s, f"{stage}_steps")
@@ -346,13 +351,13 @@ def check_same(path, have: dict, want: dict) -> None:
     for name, value in want.items():
         if have.get(name) != value:
             had = f"{path} was made with {name} {have.get(name)}, not {value}"
-            raise ValueError(f"{had}: take that, or train anew with --overwrite")
+            raise ValueError(f"{had}: take that, or begin anew with --overwrite or another --out")
 
 
 def restore(run: Run, path: Path) -> None:
     """Puts weights, optimisers and counts back to where the checkpoint was written."""
     saved, content = edlm.load_checkpoint(path)
-    # published weights have no corpus and no optimiser: any will do
+    # facts that the checkpoint lacks count as the same: published weights have no corpus
     have = run.facts | content | asdict(saved.config)
     check_same(path, have, run.facts | asdict(run.model.config))
     run.average.load_state_dict(saved.state_dict())
@@ -391,9 +396,9 @@ def train_step(run: Run, s: Settings, micro_batches: list) -> tuple[torch.Tensor
     for i, x0 in enumerate(micro_batches):
         stream = (s.seed, run.step, i * world + rank)
         torch.manual_seed(hash(stream) % 2**63)  # integers hash alike in every process
-        # several processes add up their gradients once a step, in the last backward pass
-        adds_up = world == 1 or i == len(micro_batches) - 1
-        with contextlib.nullcontext() if adds_up else run.net.no_sync():
+        # several processes exchange their gradients once a step, in the last backward pass
+        last_one = world == 1 or i == len(micro_batches) - 1
+        with contextlib.nullcontext() if last_one else run.net.no_sync():
             with edlm.autocast(x0.device):
                 loss = training_loss(run, run.net, x0) / len(micro_batches)
             loss.backward()
@@ -412,7 +417,7 @@ def train_step(run: Run, s: Settings, micro_batches: list) -> tuple[torch.Tensor
 @torch.no_grad()
 def update_average(run: Run, decay: float) -> None:
     """Moves the averaged weights a little towards the new ones."""
-    # the decay rises from 0: else the average of a short run would keep its random start
+    # the decay rises from 0, so that the random start is forgotten, in short runs too
     decay = min(decay, run.step / (9 + run.step))
     for average, new in zip(run.average.parameters(), run.model.parameters(), strict=True):
         average.lerp_(new, 1 - decay)
@@ -463,8 +468,8 @@ def train_loop(run: Run, s: Settings, batches, held_out, log, path: Path, caught
             loss, norm = train_step(run, s, micro_batches)
             bar.update()
             saving = run.step % s.save_every == 0 or run.step == run.last
-            stopping = bool(caught) and world == 1  # several processes agree at the next row
-            if not (saving or stopping or run.step % s.log_every == 0):
+            due = saving or run.step % s.log_every == 0  # the same steps in every process
+            if not due and not (caught and world == 1):
                 continue
             loss, stopping = over_processes(loss, caught)
             row = make_row(run, s, loss, norm.item(), since)
@@ -473,9 +478,9 @@ def train_loop(run: Run, s: Settings, batches, held_out, log, path: Path, caught
             if norm.is_cuda:
                 shown["mem"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"
             if rank == 0 and saving:
-                row = validate(run, s, held_out, norm.device)
-                log.write(json.dumps(row) + "\n")
-                shown["val"] = f"{row['val_loss']:.3f}"
+                result = validate(run, s, held_out, norm.device)
+                log.write(json.dumps(result) + "\n")
+                shown["val"] = f"{result['val_loss']:.3f}"
             bar.set_postfix(shown, refresh=False)
             if rank == 0 and (saving or stopping):
                 save(run, path, log)
@@ -499,7 +504,7 @@ def read_batches(run: Run, s: Settings, blocks: data.Blocks, device):
 
 
 def check_energy(args, run: Run) -> None:
-    """Raises ValueError if an energy there would lose the denoiser that it corrects."""
+    """Raises ValueError if training on would change the denoiser that an energy.pt belongs to."""
     path = checkpoint_path(args.out, "energy")
     if run.stage == "denoiser" and args.resume and path.exists():
         _, content = edlm.load_checkpoint(path)
@@ -514,13 +519,13 @@ def prepare_networks(run: Run, s: Settings, device) -> None:
         print("the first step takes a minute: the blocks are compiled")
         for network in filter(None, (run.model, run.denoiser)):
             for block in network.transformer.blocks:
-                block.compile(dynamic=False)  # the sizes in a block never change
+                block.compile(dynamic=False)  # the sizes in a block hardly ever change
     if processes()[1] > 1:
         run.net = DistributedDataParallel(run.model, broadcast_buffers=False)
 
 
 def open_log(args, s: Settings, run: Run):
-    """The log, to write on; now the run has begun, so the folder says so."""
+    """The log, to write on. Now the run has begun, so its folder is made ready too."""
     if processes()[0] > 0:
         return open(os.devnull, "w")
     Path(args.out).mkdir(parents=True, exist_ok=True)
@@ -528,8 +533,9 @@ def open_log(args, s: Settings, run: Run):
         asked = asked_stages(args)
         for stage in asked[asked.index(run.stage) :]:
             checkpoint_path(args.out, stage).unlink(missing_ok=True)
+            log_path(args.out, stage).unlink(missing_ok=True)
     data.write_json(Path(args.out, "settings.json"), asdict(s))
-    log = open(Path(args.out, f"{run.stage}.jsonl"), "a")
+    log = open(log_path(args.out, run.stage), "a")
     log.truncate(min(run.log_bytes, log.tell()))  # it goes no further than the checkpoint
     return log
 
@@ -588,12 +594,13 @@ def barrier() -> None:
 def caught_signals():
     """Collects Ctrl-C and SIGTERM in a list for the loop to see, so that it can save and stop.
 
-    A second Ctrl-C ends at once. Outside the main thread Python allows no handlers: none is set.
+    A second Ctrl-C ends at once, but not under torchrun, which passes on the one it has received.
+    Outside the main thread Python allows no handlers: none is set.
     """
     caught, handlers = [], {}
 
     def catch(number, frame):
-        if number == signal.SIGINT and number in caught:
+        if number == signal.SIGINT and number in caught and not dist.is_initialized():
             raise KeyboardInterrupt
         caught.append(number)
 
@@ -659,7 +666,7 @@ def print_table(out: str, s: Settings) -> None:
         floor = data.toy_entropy() / (s.block_size - 1)
         print(f"{'language (floor)':20}{floor:>10.4f}{math.exp(floor):>24.3f}")
     for stage, name in (("ar", "AR"), ("denoiser", "MDLM (bound)")):
-        path = Path(out, f"{stage}.jsonl")
+        path = log_path(out, stage)
         lines = path.read_text().splitlines() if path.exists() else []
         rows = [row for row in map(json.loads, lines) if "val_loss" in row]
         for row in rows[-1:]:
@@ -775,7 +782,7 @@ def convert(w: dict, block_size: int) -> torch.nn.Module:
         fold_energy_head(w)
     else:
         kind = "denoiser" if "sigma_map.mlp_in.weight" in w else "ar"
-        # without the mask's row; unused rows of probability 0 fill up the 64 (see `edlm.Head`)
+        # without the mask's row, and with the unused ones of edlm.OutputLayer
         unused = -config.vocab_size % 64
         w["head.weight"] = F.pad(w["head.weight"][:-1], (0, 0, 0, unused))
         w["head.bias"] = F.pad(w["head.bias"][:-1], (0, unused), value=-1e30)
@@ -805,9 +812,12 @@ def import_weights(args, s: Settings) -> None:
         raise ValueError(f"{path} exists: --overwrite, or another --out")
     facts = dict(tokenizer="gpt2")
     if stage == "energy":
-        denoiser, _ = edlm.load_checkpoint(checkpoint_path(args.out, "denoiser"))
+        denoiser_path = checkpoint_path(args.out, "denoiser")
+        denoiser, _ = edlm.load_checkpoint(denoiser_path)
+        check_same(denoiser_path, asdict(denoiser.config), asdict(model.config))
         facts["denoiser"] = edlm.fingerprint(denoiser)
     path.parent.mkdir(parents=True, exist_ok=True)
+    log_path(args.out, stage).unlink(missing_ok=True)  # it would be that of other weights
     shape = {name: getattr(model.config, name) for name in SHAPE}
     data.write_json(path.with_name("settings.json"), asdict(s) | shape)
     edlm.save_checkpoint(path, model, **facts)
