@@ -269,9 +269,9 @@ def draw_timetable(
 def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A random step of a chain that ends in x0: (S Bool[B, L], U Bool[B, L], when Float64[B]).
 
-    S is masked when the step begins, U is revealed in it, and `when` is the time at which it begins,
-    counted from the start of decoding. The losses of the denoiser and of the NCE energy, and both
-    estimators of section 7, start here.
+    S is masked when the step begins, and U is revealed in it. `when` is the time at which it begins,
+    counted from the start of decoding. The losses of the denoiser and of the NCE energy start here,
+    and so do both estimators of section 7.
 
     We want the sum of a cost over all steps of the chain, but look at one step only. Draw a
     timetable, pick a random token, and take the step that reveals it. A step is taken with
