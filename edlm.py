@@ -269,7 +269,7 @@ def draw_timetable(
 def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A random step of a chain that ends in x0: (S Bool[B, L], U Bool[B, L], when Float64[B]).
 
-    S is masked when the step begins, and U is revealed in it. `when` is the time at which it begins,
+    S is masked when the step begins, and U is revealed in it. `when` is the time when it begins,
     counted from the start of decoding. The losses of the denoiser and of the NCE energy start here,
     and so do both estimators of section 7.
 
