@@ -11,6 +11,7 @@
 import argparse
 import contextlib
 import copy
+import importlib
 import io
 import itertools
 import json
@@ -35,6 +36,7 @@ from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -2245,6 +2247,27 @@ class TestTrainImport:
             pytest.skip("no GPT-2 vocabulary at hand to score the run: set TIKTOKEN_CACHE_DIR")
         more = "--blocks 2 --k 1,2 --steps 2 --n 2 --device cpu"
         assert call(f"sample.py --eval --data . --out new {more}") == 0
+
+
+def test_readme_pictures_are_drawn(here, monkeypatch):
+    """All but the hero's step, which takes a trained energy to be found: another stands for it."""
+    monkeypatch.syspath_prepend(str(ROOT / "assets"))
+    figures = importlib.import_module("figures")
+    shutil.copytree(ROOT / "assets", "assets")
+    monkeypatch.setattr(figures, "__file__", str(Path("assets/figures.py").absolute()))
+    table = "--compare --steps 2,inf --k 4,16 --num 2 --json out/compare.json"
+    assert call(f"sample.py --device cpu {table}") == 0
+    story = figures.toy_block(data.get_tokenizer("toy"), figures.STORY)[0]
+    step = story, story.repeat(4, 1), torch.tensor([-1.0, 3.0, 0.5, 2.0]), 0
+    monkeypatch.setattr(figures, "draw_step", lambda models, tokenizer: step)
+    for path in Path("assets").glob("*.svg"):
+        path.unlink()
+    figures.main()
+    names = {path.name for path in Path("assets").glob("*.svg")}
+    shown = re.findall(r"\(assets/(\w+\.svg)\)", (ROOT / "README.md").read_text())
+    assert names == set(shown) and len(shown) == 5
+    for name in names:
+        assert ElementTree.parse(f"assets/{name}").getroot().tag.endswith("svg")
 
 
 # ------------ 4. Measurements of speed: ratios in one run to plain references -------------------

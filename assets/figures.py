@@ -166,11 +166,13 @@ def draw_step(models, tokenizer):
     """One step of decoding with four drafts: (x_t [L], candidates [4, L], energy [4], kept).
 
     The seed is the first of 0, 1, 2, ... that gives four different drafts, one of them right, and
-    keeps that one though it need not. More often than not all four are broken.
+    keeps that one though it need not. More often than not all four are broken. A rare draft with a
+    word that no story has at its place is not shown.
     """
     denoiser, x_t = models["denoiser"], toy_block(tokenizer, STORY)
     x_t[:, GAPS] = denoiser.config.mask_id
     where = x_t == denoiser.config.mask_id
+    language = torch.cat([toy_block(tokenizer, story) for story in data.toy_language()])
     for seed in itertools.count():
         generator = torch.Generator().manual_seed(seed)
         candidates, log_q = edlm.propose(denoiser(x_t, where), x_t, where, 4, generator)
@@ -180,7 +182,8 @@ def draw_step(models, tokenizer):
         texts = [data.decode(tokenizer, row) for row in candidates[0].tolist()]
         valid = [data.toy_is_valid(draft) for draft in texts]
         clear = len(set(texts)) == 4 and sum(valid) == 1 and valid[kept]
-        if clear and weights[kept] < 0.95:
+        words = all(torch.isin(candidates[0, :, i], language[:, i]).all() for i in GAPS)
+        if clear and words and weights[kept] < 0.95:
             return x_t[0], candidates[0], energy[0], kept
 
 
