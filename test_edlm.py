@@ -2054,6 +2054,8 @@ def test_readme_commands_and_help_run(here, outside, monkeypatch, capsys):
     monkeypatch.setattr(data, "make_toy", partial(data.make_toy, n_train=36, n_val=16))
     lines = re.sub(r" #.*|\\\n", "", "\n".join(code_blocks("bash")))
     commands = re.findall(r"^(?:.*&& )?python ((?:train|sample|data)\.py\b.*)", lines, re.M)
+    inline = re.findall(r"`python (sample\.py\b[^`]*)`", (ROOT / "README.md").read_text())
+    commands += {command for command in inline if "hf:" not in command}
     for name in re.findall(r"\S+\.txt\b", "\n".join(commands)):
         Path(name).write_text(TEXT * 40)
     with zipfile.ZipFile("text8.zip", "w") as archive:

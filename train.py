@@ -436,8 +436,10 @@ def validate(run: Run, s: Settings, held_out: data.Blocks, device) -> dict:
         sizes.append(len(x0))
     losses, sizes = torch.tensor(losses), torch.tensor(sizes)
     mean = (losses * sizes).sum() / sizes.sum()
-    error = losses.std() / math.sqrt(len(losses)) if len(losses) > 1 else torch.zeros(())
-    return dict(step=run.step, val_loss=mean.item(), standard_error=error.item())
+    error = None  # a single batch says nothing of it
+    if len(losses) > 1:
+        error = losses.std().item() / math.sqrt(len(losses))
+    return dict(step=run.step, val_loss=mean.item(), standard_error=error)
 
 
 # ------------ 4. The loop -------------------------------------------------------------------------
@@ -671,7 +673,8 @@ def print_table(out: str, s: Settings) -> None:
         rows = [row for row in map(json.loads, lines) if "val_loss" in row]
         for row in rows[-1:]:
             nats, error = row["val_loss"], row["standard_error"]
-            print(f"{name:20}{nats:>10.4f} +- {error:.4f}{math.exp(nats):>14.3f}")
+            known = "" if error is None else f" +- {error:.4f}"
+            print(f"{name:20}{nats:>10.4f}{known:10}{math.exp(nats):>14.3f}")
     print(f"\nnext: python sample.py --out {out}    python sample.py --eval --out {out}")
 
 
