@@ -10,8 +10,8 @@ Language Models for Text Generation", ICLR 2025, arXiv:2410.21357. It builds on 
 Masked diffusion hides the tokens of a text behind masks and learns to put them back. A *denoiser*
 fills all masks in one pass, each from a distribution of its own. So words that should agree with
 each other often do not. A *residual energy* reads a whole candidate text and says how plausible it
-is. EDLM lets the denoiser draft several candidates, and the energy chooses one of them. Some of its
-tokens are revealed; the rest is drafted again in the next step.
+is. EDLM lets the denoiser draft several candidates, and the energy chooses one of them. Some tokens
+of that candidate are revealed; the rest is drafted again in the next step.
 
 Symbols, the same everywhere:
 
@@ -277,17 +277,18 @@ def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Ten
     timetable, pick a random token, and take the step that reveals it. A step is taken with
     probability |U| / M, so we divide by that: (M / |U|) cost is unbiased.
 
-    Often the cost has one term for each token of U, and the terms depend on S only. Given S and
-    |U|, all subsets of S of that size are equally likely to be U. So the mean of the sum over U is
-    |U| / |S| times the sum over S. With this in its place, the estimate becomes M / |S| times the
-    sum over S: still unbiased, and it varies less.
+    Often the cost is a sum of one term for each token i of U, and the term depends on i and S, but
+    not on the rest of U. Given S and |U|, all subsets of S of that size are equally likely to be U.
+    So the mean of the sum over U is |U| / |S| times the sum over S. With this in its place, the
+    estimate becomes M / |S| times the sum over S: still unbiased, and it varies less.
     """
     B, L = x0.shape
     maskable = torch.ones_like(x0, dtype=torch.bool)
     maskable[:, 0] = False
     times = draw_timetable(maskable, steps)  # [B, L]
-    # Each row gets one of B equal parts of [0, 1), in random order, and picks its token by a place
-    # there. Each row alone is uniform; together they are spread evenly, so their mean varies less.
+    # A random token is a random rank in the order of reveals. The rows of a batch do not draw their
+    # ranks independently: [0, 1) is cut into B equal parts, and each row gets a place in one of
+    # them, in random order. Each row alone is uniform, and the mean over the batch varies less.
     place = (torch.randperm(B, device=x0.device) + torch.rand(1, device=x0.device)) / B
     rank = (place * (L - 1)).long().clamp(max=L - 2)  # the picked token is revealed rank-th, from 0
     when = times.sort(dim=1).values.gather(1, rank[:, None])  # [B, 1]
@@ -354,7 +355,7 @@ def nelbo(denoiser, x0: Tensor, *, mask_id: int) -> Tensor:
     that size, and each token of S is the next with probability 1/m: this is (3). One random S for
     each row is enough for an unbiased estimate, see `draw_step`. The mean over a batch is the
     denoiser's training loss. The usual form of this loss has the weight 1/t. Here it is M / |S|:
-    |S| / M is the share that really is masked, of which t is only the mean. So it varies less.
+    |S| / M is the share that really is masked; t is only its expected value. So it varies less.
     """
     S, _, _ = draw_step(x0)
     x_t = x0.masked_fill(S, mask_id)
@@ -576,7 +577,8 @@ def sample_plain(
     each mask a coin then decides whether it takes its token from that text. The rest of the text is
     thrown away, and drafted again in the next step.
 
-    Arguments are those of `sample`, which draws from the same law in less time.
+    Arguments are those of `sample`, which draws from the same law in less time. But `steps` must be
+    a number, and there is no generator.
     """
     for j in range(steps):
         t, s = torch.tensor([1 - j / steps, 1 - (j + 1) / steps])
@@ -600,7 +602,7 @@ def sample_plain(
 #    The denoiser is not told the time, so sequences at different times share a forward pass.
 # 2. Logits are computed for few positions. Without a judge only the tokens in U are drawn. That is
 #    the same law, because under mu the positions are independent.
-# 3. Candidates that agree on U are not judged: whichever is kept, the step reveals the same.
+# 3. If all k candidates agree on U, none is judged: whichever is kept, the step reveals the same.
 
 JUDGED_TOKENS = 2**14  # tokens that go through the energy in one call
 
@@ -617,7 +619,7 @@ def in_chunks(energy, candidates: Tensor, x_t: Tensor, log_q: Tensor) -> Tensor:
 
 
 def check_energies(E: Tensor, rows) -> None:
-    """Raises ValueError if energies E Float[B, ..., K] make no weights softmax(-E) of K candidates.
+    """Raises ValueError if softmax(-E) over K candidates is not defined, for E Float[B, ..., K].
 
     +inf for some of the K only means that they are never kept. +inf for all of them, -inf and nan
     are refused. The message names the row: rows[b] is the number of row b.
@@ -636,9 +638,9 @@ class SampleState:
     x: Tensor  # Long[B, L]
     t: Tensor  # Float[B], the time each row has reached (`sample_exact`: the share still masked)
     ess: Tensor  # Float[B], effective sample size 1 / (sum of w^2); nan where none was judged
-    in_turn: Tensor  # Long[B], passes so far, if k candidates are judged in parallel: 1 pass
-    in_all: Tensor  # Long[B], passes so far, if each judged candidate is a pass of its own
-    refused: Tensor | None = None  # Long[B], drafts refused so far (`sample_exact` only)
+    in_turn: Tensor  # Long[B], passes of all networks so far; judging k candidates counts as 1
+    in_all: Tensor  # Long[B], the same, but judging k candidates counts as k
+    refused: Tensor | None = None  # Long[B], rounds of `sample_exact` that ended in a refusal
 
 
 def check_start(x: Tensor, mask_id: int, **models) -> None:
@@ -742,13 +744,15 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 
     The AR model reads the drafts and gives p_i, its distribution at i after the drafts on the left.
     Draft i is kept with probability min(1, p_i / q_i). Else it is replaced by a draw from the
-    positive part of p_i - q_i. This makes up for the refusals: now draft i has exactly the law p_i.
-    Up to and including the first refusal, the AR model has read the true text, so these tokens are
-    revealed. To the right of it, it has read a draft that is no longer there. Those tokens stay
-    drafts. They now come from p, so in the next round this p takes the place of q.
+    positive part of p_i - q_i, normalised. Either way draft i now has exactly the law p_i, given
+    what the AR model has read. Up to and including the first refusal, that was the true text: these
+    tokens are revealed. To the right of it, the AR model has read a draft that has been replaced,
+    so p_i there is not the final law. It is still the law of the draft that stands there now. So
+    the next round tests this draft again, with this p_i as its q_i.
 
     This is speculative decoding with a denoiser as the drafter. `ar` has a method `logits`, as
-    AutoregressiveLM has. Given tokens never change; p_AR does not see those to the right of a gap.
+    AutoregressiveLM has. Given tokens never change, but a masked token is drawn without looking at
+    given tokens on its right.
     Raises ValueError for a masked x[:, 0], a model in training mode, and logits that are no
     distribution.
     """
@@ -864,7 +868,7 @@ def joint_nelbo(
     """The paper's perplexity estimator, equation (9): x0 Long[B, L] -> Float[B], nats per sequence.
 
     This is no bound on any likelihood; the head of this section says why. It is one random draw a
-    row, unbiased but for log Z, for a chain of `steps` steps (None: the limit of many steps).
+    row, unbiased except for the error in log Z, for a chain of `steps` steps (None: many steps).
     log_partition says what stands for log Z: the "lower" or the "upper" end of (8) from n draws, or
     "exact", which is 0: EDLM-coAR guarantees that. At small n even "upper" is too low, so the
     perplexity comes out too good: see `log_partition_bounds`. Raises ValueError for another
@@ -894,14 +898,15 @@ def sampler_nelbo(
     and the linear schedule. Each row of x0 Long[B, L] gets one random draw of the bound; average
     over rows and calls. k = 1 or no energy gives the NELBO of a chain of T steps.
 
-    Why it is an upper bound: the mean in (10) is estimated by an average of n terms. The log of an
-    average is too low on average (Jensen's inequality), so its negative is too high. The gap closes
-    as n grows. Term i puts x0_U into draw i. Its rivals are the next k - 1 draws, in a circle: for
-    n = 4 and k = 3, the rivals of term 3 are draws 4 and 1.
+    Why it is an upper bound: for two reasons, both Jensen's inequality. The timetable is random, as
+    in `nelbo`; this gap stays. And the mean in (10) is estimated by an average of n terms, whose
+    log is too low on average; this gap closes as n grows. Term i puts x0_U into draw i. Its rivals
+    are the next k - 1 draws, in a circle: for n = 4 and k = 3, the rivals of term 3 are draws 4 and
+    1.
 
     What it costs: one denoiser pass and 2n energies a row. Raises ValueError unless 1 <= k <= n and
-    0 <= window <= 1, for steps < 1, and, naming the row, where all k candidates of a term have
-    energy +inf, which `sample` refuses as well.
+    0 <= window <= 1, for steps < 1, a model in training mode, and energies that `check_energies`
+    refuses for the k candidates of a term.
     """
     check_eval(denoiser=denoiser, energy=energy)
     if not 1 <= k <= n or not 0 <= window <= 1:
@@ -912,7 +917,7 @@ def sampler_nelbo(
     x_t = x0.masked_fill(S, mask_id)
     logits = denoiser(x_t, S)
     log_q0 = candidate_log_q(logits, x0[:, None], S)[:, 0]  # [B]
-    bound = -log_q0 * M / S.sum(dim=1)  # the part -log mu_U of (10)
+    bound = -log_q0 * M / S.sum(dim=1)  # -log mu_U of (10): a sum over tokens
     if energy is None or k == 1 or not inside.any():
         return bound
     draws, log_q = propose(logits, x_t, S, n)  # [B, n, L]
@@ -925,7 +930,7 @@ def sampler_nelbo(
     E = torch.cat((E_first[:, :, None], E_draws[:, rivals]), dim=2)  # [rows inside, n, k]
     check_energies(E, inside.nonzero()[:, 0])
     log_share = log_mean_exp(math.log(k) + (-E).log_softmax(dim=2)[:, :, 0])
-    bound[inside] -= log_share * M / U[inside].sum(dim=1)
+    bound[inside] -= log_share * M / U[inside].sum(dim=1)  # no sum over tokens: M / |U|
     return bound
 
 
