@@ -436,10 +436,10 @@ def validate(run: Run, s: Settings, held_out: data.Blocks, device) -> dict:
         sizes.append(len(x0))
     losses, sizes = torch.tensor(losses), torch.tensor(sizes)
     mean = (losses * sizes).sum() / sizes.sum()
-    error = None  # a single batch says nothing of it
+    row = dict(step=run.step, val_loss=mean.item())
     if len(losses) > 1:
-        error = losses.std().item() / math.sqrt(len(losses))
-    return dict(step=run.step, val_loss=mean.item(), standard_error=error)
+        row["standard_error"] = losses.std().item() / math.sqrt(len(losses))
+    return row
 
 
 # ------------ 4. The loop -------------------------------------------------------------------------
@@ -672,7 +672,7 @@ def print_table(out: str, s: Settings) -> None:
         lines = path.read_text().splitlines() if path.exists() else []
         rows = [row for row in map(json.loads, lines) if "val_loss" in row]
         for row in rows[-1:]:
-            nats, error = row["val_loss"], row["standard_error"]
+            nats, error = row["val_loss"], row.get("standard_error")
             known = "" if error is None else f" +- {error:.4f}"
             print(f"{name:20}{nats:>10.4f}{known:10}{math.exp(nats):>14.3f}")
     print(f"\nnext: python sample.py --out {out}    python sample.py --eval --out {out}")
