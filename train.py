@@ -72,7 +72,7 @@ PRESETS = {
         "save_every": 400,
         "compile": "no",
     },
-    "shakespeare": {  # a quarter of an hour on two CPU cores
+    "shakespeare": {  # about half an hour on one CPU core
         "data": "data/shakespeare",
         "block_size": 128,
         "n_layer": 3,
