@@ -31,10 +31,6 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# A thread that has nothing to do sleeps. By default it spins, and where another program wants the
-# same core that made a step up to 20 times slower. It must be set before torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
