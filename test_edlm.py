@@ -2279,7 +2279,8 @@ SHAPES = {
     "medium": dict(n_layer=6, n_head=4, n_embd=256, block_size=256, vocab_size=50257),
     "gpt2-small": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257),
 }
-PLAIN_STEPS = 8  # of the plain algorithm are timed and scaled up: all its steps cost the same
+# The plain chain is timed with so few steps and scaled up: a step of a longer one costs about this.
+PLAIN_STEPS = 8
 
 
 def timed(work, device, repeats=1):
