@@ -308,6 +308,7 @@ class Run:
     optimizers: list
     facts: dict  # what the weights belong to, saved beside them
     net: torch.nn.Module  # the model, or what shares it with the other processes
+    rate: float = 0.0  # operations per second that all GPUs could do at best; 0 on a CPU
     step: int = 0
     log_bytes: int = 0  # length of the log at that step
 
@@ -415,8 +416,8 @@ def update_average(run: Run, decay: float) -> None:
     """Moves the averaged weights a little towards the new ones."""
     # the decay rises from 0, so that the random start is forgotten, in short runs too
     decay = min(decay, run.step / (9 + run.step))
-    for average, new in zip(run.average.parameters(), run.model.parameters(), strict=True):
-        average.lerp_(new, 1 - decay)
+    move = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)  # all tensors in one call
+    move(list(run.average.parameters()), list(run.model.parameters()), None)
 
 
 @torch.no_grad()
@@ -473,7 +474,8 @@ def train_loop(run: Run, s: Settings, batches, held_out, log, path: Path, caught
             row = make_row(run, s, loss, norm.item(), since)
             log.write(json.dumps(row) + "\n")
             shown |= dict(loss=f"{loss:.3f}", tok_s=f"{row['tokens_per_second']:,}")
-            if norm.is_cuda:
+            if run.rate:
+                shown["matmul"] = f"{row['share_of_matmul_rate']:.0%}"
                 shown["mem"] = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}GiB"
             if rank == 0 and saving:
                 result = validate(run, s, held_out, norm.device)
@@ -511,15 +513,48 @@ def check_energy(args, run: Run) -> None:
 
 
 def prepare_networks(run: Run, s: Settings, device) -> None:
-    """Compiles the blocks if that is wanted, and lets several processes share the model."""
+    """Compiles what is slow if that is wanted, and lets several processes share the model."""
     run.model.train()
+    if device.type == "cuda":
+        run.rate = matmul_rate(device) * processes()[1]
     if s.compile == "yes" or (s.compile == "cuda" and device.type == "cuda"):
         print("the first step takes a minute: the blocks are compiled")
         for network in filter(None, (run.model, run.denoiser)):
             for block in network.transformer.blocks:
                 block.compile(dynamic=False)  # the sizes in a block hardly ever change
+        # without it the table [N, V] of probabilities goes to memory and back several times
+        edlm.token_log_prob = torch.compile(edlm.token_log_prob)
     if processes()[1] > 1:
         run.net = DistributedDataParallel(run.model, broadcast_buffers=False)
+
+
+def matmul_rate(device) -> float:
+    """Operations per second of a large matrix product, in the number format of the training."""
+    size = 8192 if device.type == "cuda" else 2048
+    seconds = []
+    with edlm.autocast(device):
+        a = torch.randn(size, size, device=device)
+        a = a @ a  # now it has that format
+        for _ in range(5):
+            begun = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for a GPU
+            seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
+
+
+def operations(stage: str, config: edlm.Config) -> float:
+    """Operations of the matrix products of a training step, for each token.
+
+    A backward pass takes two of them for each one of the forward pass. The energy reads two texts,
+    and the denoiser that drafts one of them is not trained.
+    """
+    d = config.n_embd
+    blocks = config.n_layer * (24 * d * d + 4 * config.block_size * d)
+    logits = 2 * d * config.vocab_size
+    denoiser = blocks + logits / 2  # half of the positions are masked, on average
+    if stage == "energy":
+        return 6 * blocks + denoiser
+    return 3 * (denoiser if stage == "denoiser" else blocks + logits)
 
 
 def open_log(args, s: Settings, run: Run):
@@ -554,14 +589,20 @@ def make_row(run: Run, s: Settings, loss: float, norm: float, since: tuple) -> d
         raise ValueError(f"{run.stage}: {what}; the last checkpoint is kept: lower --lr")
     step, begun = since
     tokens = s.batch_size * s.block_size  # of a step
-    return dict(
+    speed = (run.step - step) * tokens / (time.perf_counter() - begun)
+    row = dict(
         step=run.step,
         tokens=run.step * tokens,
         loss=loss,
         lr=learning_rate(s, run.stage, run.step - 1),
         grad_norm=norm,
-        tokens_per_second=round((run.step - step) * tokens / (time.perf_counter() - begun)),
+        tokens_per_second=round(speed),
     )
+    if run.rate:
+        row["share_of_matmul_rate"] = round(
+            speed * operations(run.stage, run.model.config) / run.rate, 3
+        )
+    return row
 
 
 # ------------ 5. All stages, one process or many --------------------------------------------------
