@@ -934,7 +934,7 @@ def sampler_nelbo(
     return bound
 
 
-# ------------ 8. Not the method: devices, checkpoints, runs ---------------------------------------
+# ------------ 8. Not the method: devices and checkpoints ------------------------------------------
 
 
 def pick_device(name: str = "") -> torch.device:
@@ -951,8 +951,6 @@ def autocast(device: torch.device):
 
 
 KINDS = {"denoiser": Denoiser, "ar": AutoregressiveLM, "energy": NCEResidual}
-# Each energy: the checkpoint that it needs beside the denoiser's, and its name in the paper.
-ENERGIES = {"ar": ("ar", "EDLM-AR"), "coar": ("ar", "EDLM-coAR"), "nce": ("energy", "EDLM-NCE")}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -964,8 +962,7 @@ def fingerprint(model: nn.Module) -> str:
 def save_checkpoint(path, model: nn.Module, *, tokenizer: str, **extra) -> None:
     """Writes weights, config, tokenizer name and `extra` (training state) of one of our models.
 
-    The file is renamed into place when it is complete. Raises OSError if it cannot be written; an
-    older file is then still there.
+    Raises OSError if the file cannot be written; an older one is then still there.
     """
     kind = next(name for name, cls in KINDS.items() if type(model) is cls)
     content = dict(kind=kind, config=asdict(model.config), tokenizer=tokenizer)
@@ -1019,10 +1016,3 @@ def load_models(folder, stages, device="cpu") -> tuple[dict, str]:
             if content.get("denoiser") != fingerprint(models["denoiser"]):
                 raise ValueError(f"{path} corrects another denoiser: --stage energy --overwrite")
     return models, data[0]
-
-
-def make_energy(name: str, models: dict):
-    """The energy called `name` in ENERGIES, out of what `load_models` returned."""
-    if name == "nce":
-        return models["energy"]
-    return ARResidual(models["ar"], carry_over=name == "coar")

@@ -45,6 +45,8 @@ BATCH_BYTES = {"cpu": 2**26, "cuda": 2**32}  # what hidden states and logits of 
 SHOWN = 6  # texts of a setting that appear on the screen
 ALONE = 8  # texts of a setting that --compare draws one by one, to time them
 EXACT = "EDLM-coAR exact"
+# Each energy: the checkpoint that it needs beside the denoiser's, and its name in the paper.
+ENERGIES = {"ar": ("ar", "EDLM-AR"), "coar": ("ar", "EDLM-coAR"), "nce": ("energy", "EDLM-NCE")}
 
 # ------------ 1. The command line -----------------------------------------------------------------
 
@@ -68,7 +70,7 @@ def step_numbers(text: str) -> list[int | None]:
 
 def energy_name(text: str) -> str:
     """A flag's energy."""
-    names = ("none", *edlm.ENERGIES, "exact")
+    names = ("none", *ENERGIES, "exact")
     if text not in names and not text.startswith("hf:"):
         raise argparse.ArgumentTypeError(f"choose {', '.join(names)} or hf:NAME, not {text}")
     return text
@@ -148,8 +150,8 @@ def load(args) -> Run:
     needed = {"ar"} if args.model == "ar" else {"denoiser"}
     if args.energy == "exact":
         needed.add("ar")
-    if args.energy in edlm.ENERGIES:
-        needed.add(edlm.ENERGIES[args.energy][0])
+    if args.energy in ENERGIES:
+        needed.add(ENERGIES[args.energy][0])
     # The AR model judges whatever is drawn, so it is welcome where it is not needed.
     welcome = {"ar"} if args.energy or args.model == "ar" else set(edlm.KINDS)
     found = {stage for stage in welcome if (Path(args.out) / f"{stage}.pt").exists()}
@@ -182,18 +184,25 @@ class Setting:
         return f"{self.model} T={self.steps or 'inf'}{candidates}"
 
 
+def make_energy(name: str, models: dict) -> Callable:
+    """The energy called `name` in ENERGIES, out of the models that `edlm.load_models` returned."""
+    if name == "nce":
+        return models["energy"]
+    return edlm.ARResidual(models["ar"], carry_over=name == "coar")
+
+
 def load_energies(args, run: Run) -> dict[str, Callable]:
     """The energies that are asked for, by their names in the paper."""
     if args.model == "ar":
         return {}
     if args.energy and args.energy.startswith("hf:"):
         return {"EDLM-hf": OutsideLM(args.energy.removeprefix("hf:"), run).energy}
-    names = [name for name, (stage, _) in edlm.ENERGIES.items() if stage in run.models]
+    names = [name for name, (stage, _) in ENERGIES.items() if stage in run.models]
     if args.energy:
         names = [name for name in names if name == args.energy]
     elif not (args.compare or args.eval):
         names = names[-1:]  # the best
-    return {edlm.ENERGIES[name][1]: edlm.make_energy(name, run.models) for name in names}
+    return {ENERGIES[name][1]: make_energy(name, run.models) for name in names}
 
 
 def list_settings(args, run: Run, energies: dict[str, Callable]) -> list[Setting]:

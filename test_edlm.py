@@ -790,7 +790,7 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("name", edlm.ENERGIES)
+@pytest.mark.parametrize("name", sample.ENERGIES)
 def test_nothing_as_large_as_all_logits_is_held(name, monkeypatch):
     """200 candidates need no tensor larger than the denoiser's [N, V] logits, which one needs too.
 
@@ -802,7 +802,7 @@ def test_nothing_as_large_as_all_logits_is_held(name, monkeypatch):
     monkeypatch.setitem(edlm.ROWS, "cpu", rows)
     monkeypatch.setattr(edlm, "JUDGED_TOKENS", 256)
     x = torch.full((2, 16), config.mask_id).index_fill(1, torch.tensor(0), 0)
-    settings = dict(mask_id=config.mask_id, steps=2, energy=edlm.make_energy(name, models))
+    settings = dict(mask_id=config.mask_id, steps=2, energy=sample.make_energy(name, models))
     for k in (1, 200):
         with Largest() as largest:
             edlm.sample(denoiser, x, k=k, **settings)
@@ -1696,7 +1696,7 @@ def test_sample_figures_of_every_energy(here, capsys, monkeypatch, energy):
     monkeypatch.setattr(data, "toy_is_valid", lambda text: len(text) % 2 == 0)
     (row,) = figures(f"sample.py --energy {energy} --num 6 --steps 4 --k 3 --window 0.5").values()
     assert row["passes_in_all"] == pytest.approx(texts.total() / 6)
-    judged = texts.total() - texts[edlm.Denoiser] if energy in edlm.ENERGIES else 0
+    judged = texts.total() - texts[edlm.Denoiser] if energy in sample.ENERGIES else 0
     in_turn = texts.total() - judged + judged / 3  # three candidates side by side are one pass
     assert row["passes_in_turn"] == pytest.approx(in_turn / 6) and row["passes_in_turn_error"] >= 0
     assert 1 <= row["ess"] < 3.01 if judged else row["ess"] is None

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
 import edlm
+import sample
 
 RUN, COMPARE = Path("out/toy"), Path("out/compare.json")
 
@@ -435,12 +436,12 @@ def draw_sizes(models, tokenizer) -> None:
     parts += axes.frame(title, "step", list(range(1, steps + 1)), [0, 4, 8, 12, 16])
     ends = []
     for name, colour, shape in (("ar", "blue", "circle"), ("nce", "orange", "square")):
-        sizes = sizes_by_step(models, tokenizer, edlm.make_energy(name, models), steps)
+        sizes = sizes_by_step(models, tokenizer, sample.make_energy(name, models), steps)
         places = [axes.at(step, size) for step, (size, _) in enumerate(sizes, 1)]
         parts.append(line(*places, style=f"{colour}-line"))
         for step, (size, error) in enumerate(sizes, 1):
             parts.append(axes.point(step, size, error, shape, colour))
-        ends.append((places[-1][1], edlm.ENERGIES[name][1], colour))
+        ends.append((places[-1][1], sample.ENERGIES[name][1], colour))
     (upper, *above), (lower, *below) = sorted(ends)
     parts.append(text(axes.right + 10, upper, *above))
     parts.append(text(axes.right + 10, max(lower, upper + 17), *below))
