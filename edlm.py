@@ -24,7 +24,7 @@ Symbols, the same everywhere:
     x_t      Long[B, L]   x0 with some of its tokens replaced by mask_id
     S        Bool[B, L]   the masked positions
     U        Bool[B, L]   those positions of S that one step of the sampler reveals
-    x_{-S}                x0 without its tokens on S: they are masked. Any x_t is x_{-S} for its S
+    x_{-S}                x0 with its tokens on S masked: this is x_t, written so that S is visible
     x0_U                  the tokens of x0 on U
     mu                    the denoiser's distribution, from which candidates are proposed: a product
                           of mu_i over positions i; mu_U is the product over U
@@ -36,7 +36,8 @@ positions that are True in `where`, in row-major order: Float[N, V], or wider if
 V have probability 0. An energy is whatever can be called as energy(candidates Long[B, K, L], x_t,
 log_q) and returns Float[B, K].
 
-The equations, in the paper's order; mean[...] is an average, x' a draw from mu(. | x_t):
+The equations, in the paper's order, with numbers of our own. mean[...] is an average, "mean over
+|S| = m" one over all sets S of m positions out of M, and x' a draw from mu(. | x_t):
 
     (1) forward    a token is masked with probability 1 - alpha_t; alpha_1 = 0 and alpha_0 = 1
     (2) reverse    decoding goes down from t = 1 to t = 0; in a step from t to s < t, a masked token
@@ -44,7 +45,8 @@ The equations, in the paper's order; mean[...] is an average, x' a draw from mu(
                    never changes again
     (3) NELBO      sum over m = 1..M of (1/m) mean over |S| = m [
                        sum over i in S of -log mu_i(x0_i | x_{-S}) ]
-    (4) EDLM       p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t)
+    (4) EDLM       p(x0 | x_t) = mu(x0 | x_t) exp(-E(x0, x_t)) / Z(x_t), with the partition function
+                   Z(x_t) = mean[exp(-E(x', x_t))]
     (5) AR energy  E(x0, x_t) = -log p_AR(x0) + log mu(x0 | x_t)
     (6) NCE loss   softplus(E(x0, x_t)) + softplus(-E(x', x_t))
     (7) weights    keep one of k candidates, with probability softmax(-E)
@@ -93,10 +95,9 @@ class Config:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: rotates the pairs (i, i + D/2) of x Float[B, heads, L, D].
+    """Rotary positions: rotates the pairs (i, i + D/2) of x Float[B, heads, L, D = d / heads].
 
-    D = d / heads is the width of a head. cos and sin, Float[L, D/2], belong to the angle by which
-    each pair is rotated at each position.
+    cos and sin, Float[L, D/2], are those of the angle of each pair at each position.
     """
     a, b = x.chunk(2, dim=-1)
     rotated = torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -194,9 +195,8 @@ class Transformer(nn.Module):
 class OutputLayer(nn.Linear):
     """Makes logits, one column for each token and some columns that are never used.
 
-    GPUs are slow at odd sizes such as GPT-2's V = 50257, so V is rounded up to a multiple of 64.
-    The unused columns have a bias of -1e30. Their probability and their gradient are then exactly
-    0.
+    V is rounded up to a multiple of 64, because GPUs are slow at odd sizes (GPT-2: V = 50257). The
+    unused columns have a bias of -1e30: their probability and their gradient are exactly 0.
     """
 
     def __init__(self, config: Config):
@@ -233,7 +233,8 @@ def time_of(alpha_t: Tensor, schedule: str = "linear") -> Tensor:
 def mask_tokens(x0: Tensor, n: Tensor, *, mask_id: int) -> Tensor:
     """Masks n[b] random positions of row b, never position 0: x0 Long[B, L], n Long[B] -> x_t.
 
-    This is equation (1) with a given number of masks: all sets of that size are equally likely.
+    This is equation (1) with a given number of masks: all sets of that size are equally likely. It
+    is for notebooks; the code below masks with the S of `draw_step`.
     """
     B, L = x0.shape
     order = torch.rand(B, L - 1, device=x0.device).argsort(dim=1)  # a random permutation per row
@@ -248,14 +249,13 @@ def draw_timetable(
     """When each masked token will be revealed: masked Bool[B, L] -> Float64[B, L].
 
     Whether a token is revealed in a step depends on no token's value, see (2). So the times of all
-    reveals can be drawn before anything else. They are counted from the start of decoding, as
-    1 - t: 0 is the start, 1 the end. inf stands where nothing is masked.
+    reveals can be drawn before anything else. They are given as 1 - t, which grows while we decode:
+    0 is the start, 1 is the end. Positions that are not masked get inf.
 
-    A token must be visible at time t with probability alpha_t. Draw u uniformly, and reveal it at
-    the time at which alpha_t = u. At any t it is then visible if u <= alpha_t, which is what we
-    want. With T steps this time is rounded down to the start of its step: 0, 1/T, 2/T, ...
-    steps=None is the limit of many steps, in which tokens are revealed one by one. Raises
-    ValueError for steps < 1 or an unknown schedule.
+    Draw u uniformly, and reveal the token at the t at which alpha_t = u. At any t it is then
+    visible if u <= alpha_t. This has probability alpha_t, as (1) demands. With T steps, 1 - t is
+    rounded down to the start of its step: 0, 1/T, 2/T, ... steps=None is the limit of many steps,
+    in which tokens are revealed one by one. Raises ValueError for steps < 1 or an unknown schedule.
     """
     if steps is not None and steps < 1:
         raise ValueError(f"a chain has at least 1 step, not {steps}")
@@ -277,18 +277,17 @@ def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Ten
     timetable, pick a random token, and take the step that reveals it. A step is taken with
     probability |U| / M, so we divide by that: (M / |U|) cost is unbiased.
 
-    Often the cost is a sum of one term for each token i of U, and the term depends on i and S, but
-    not on the rest of U. Given S and |U|, all subsets of S of that size are equally likely to be U.
-    So the mean of the sum over U is |U| / |S| times the sum over S. With this in its place, the
-    estimate becomes M / |S| times the sum over S: still unbiased, and it varies less.
+    The denoiser's cost is a sum over i in U of terms f(i, S) = -log mu_i(x0_i | x_{-S}). Given S
+    and |U|, all subsets of S of that size are equally likely to be U. So the sum of f over U is on
+    average |U| / |S| times the sum of f over S. Hence M / |S| times the sum of f over S is unbiased
+    too, and it varies less. Only the energy's part of (10) needs the weight M / |U|.
     """
     B, L = x0.shape
     maskable = torch.ones_like(x0, dtype=torch.bool)
     maskable[:, 0] = False
     times = draw_timetable(maskable, steps)  # [B, L]
-    # A random token is a random rank in the order of reveals. The rows of a batch do not draw their
-    # ranks independently: [0, 1) is cut into B equal parts, and each row gets a place in one of
-    # them, in random order. Each row alone is uniform, and the mean over the batch varies less.
+    # To pick a random token, pick its rank in the order of reveals. Each row's place in [0, 1) is
+    # uniform. But the B places lie 1/B apart, so the mean over the batch varies less.
     place = (torch.randperm(B, device=x0.device) + torch.rand(1, device=x0.device)) / B
     rank = (place * (L - 1)).long().clamp(max=L - 2)  # the picked token is revealed rank-th, from 0
     when = times.sort(dim=1).values.gather(1, rank[:, None])  # [B, 1]
@@ -318,10 +317,7 @@ class Denoiser(nn.Module):
         self.head = OutputLayer(config)
 
     def forward(self, x_t: Tensor, where: Tensor) -> Tensor:
-        """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V rounded up].
-
-        For other positions no logits are computed.
-        """
+        """x_t Long[B, L], where Bool[B, L] -> logits Float[N, V rounded up]."""
         hidden = self.transformer(self.transformer.embed(x_t))  # [B, L, d]
         return self.head(hidden[where])
 
@@ -371,10 +367,9 @@ def probabilities(logits: Tensor, vocab_size: int) -> Tensor:
 def categorical(logits: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]:
     """k independent exact draws from softmax(logits): Float[N, V] -> (tokens, log p), both [N, k].
 
-    A uniform number is looked up in the row's cumulative sum, in float64; one sum serves all k
-    draws. A token of probability 0 is never drawn. The usual way, argmax of logits plus Gumbel
-    noise, needs k V random numbers. In float32 it cannot draw the rarest tokens at all, because its
-    noise ends near 16.6; this silently lowers the temperature (Zheng et al., arXiv:2409.02908).
+    A uniform number is looked up in the row's cumulative sum, in float64. A token of probability 0
+    is never drawn. The usual way, argmax of logits plus Gumbel noise, needs k V random numbers. In
+    float32 it also lowers the temperature, silently (Zheng et al., arXiv:2409.02908).
     Raises ValueError, naming the row, for logits that are no distribution (nan, +inf, or all -inf).
     """
     u = torch.rand(len(logits), k, dtype=torch.float64, device=logits.device, generator=generator)
@@ -428,8 +423,8 @@ class AutoregressiveLM(nn.Module):
         hidden = self.transformer(self.transformer.embed(x[:, :-1]))  # token i is read off i - 1
         hidden = hidden.flatten(0, 1)  # [B M, d]
         targets = x[:, 1:].flatten()[:, None]  # [B M, 1]
-        # The backward pass needs all logits. Without one a few rows at a time will do, so that
-        # [B, L, V] numbers are never held at once.
+        # Training needs all logits at once. Otherwise they are made a few rows at a time, so that
+        # [B, L, V] numbers are never held.
         rows = len(targets) if torch.is_grad_enabled() else ROWS[x.device.type]
         pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
         log_p = torch.cat([token_log_prob(self.head(h), token) for h, token in pieces])
@@ -523,8 +518,10 @@ class NCEResidual(nn.Module):
         """candidates Long[B, K, L], x_t Long[B, L] -> E Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]  # [B, K, L, d]
-        h = self.transformer(h.flatten(0, 1).float())  # [B K, L, d]; float32 between the layers
-        # bfloat16 would leave three digits of E, so the rest is done in float32 throughout.
+        h = self.transformer(
+            h.flatten(0, 1).float()
+        )  # [B K, L, d]; the sum of the branches stays float32
+        # bfloat16 would leave two or three digits of E, so the rest is done in float32.
         with torch.autocast(h.device.type, enabled=False):
             h = h.float().mean(dim=1)  # [B K, d]
             return self.mlp_out(F.relu(self.mlp_in(h))).view(candidates.shape[:2])
@@ -577,8 +574,9 @@ def sample_plain(
     each mask a coin then decides whether it takes its token from that text. The rest of the text is
     thrown away, and drafted again in the next step.
 
-    Arguments are those of `sample`, which draws from the same law in less time. But `steps` must be
-    a number, and there is no generator.
+    x holds BOS, any given tokens, and mask_id where a token is wanted. The energy judges the steps
+    inside the window: those that begin while 1 - t < window. So window = 1 means all steps.
+    `sample` draws from the same law in less time. It also takes steps=None and a generator.
     """
     for j in range(steps):
         t, s = torch.tensor([1 - j / steps, 1 - (j + 1) / steps])
@@ -595,11 +593,14 @@ def sample_plain(
     return x
 
 
-# A first reading can go on with section 7. What follows draws from the same law, and saves time:
+# A first reading can go on with section 7. It uses two functions from here: `in_chunks` calls the
+# energy piece by piece, and `check_energies` refuses energies that have no softmax.
+#
+# What follows draws from the same law as `sample_plain`, and saves time:
 #
 # 1. Steps that reveal nothing are skipped. The timetable of all reveals is drawn first
 #    (`draw_timetable`), so each sequence can go straight to its next step that reveals a token.
-#    The denoiser is not told the time, so sequences at different times share a forward pass.
+#    Sequences at different times share a forward pass.
 # 2. Logits are computed for few positions. Without a judge only the tokens in U are drawn. That is
 #    the same law, because under mu the positions are independent.
 # 3. If all k candidates agree on U, none is judged: whichever is kept, the step reveals the same.
@@ -638,8 +639,8 @@ class SampleState:
     x: Tensor  # Long[B, L]
     t: Tensor  # Float[B], the time each row has reached (`sample_exact`: the share still masked)
     ess: Tensor  # Float[B], effective sample size 1 / (sum of w^2); nan where none was judged
-    in_turn: Tensor  # Long[B], passes of all networks so far; judging k candidates counts as 1
-    in_all: Tensor  # Long[B], the same, but judging k candidates counts as k
+    in_turn: Tensor  # Long[B], network passes so far that had to wait for each other
+    in_all: Tensor  # Long[B], all network passes so far; judging k candidates is k of them
     refused: Tensor | None = None  # Long[B], rounds of `sample_exact` that ended in a refusal
 
 
@@ -658,6 +659,7 @@ def choose(denoiser, energy, x_t, U, inside, rows, *, mask_id, k, generator):
     # The energy reads whole texts: rows inside the window have all their masks filled.
     where = torch.where(inside[:, None], x_t == mask_id, U)
     candidates, log_q = propose(denoiser(x_t, where), x_t, where, k, generator)  # [B, k, L]
+    # log_q is complete for the rows inside, and not used for the others
     chosen = candidates[:, 0].clone()  # the rows that are judged are overwritten below
     ess = torch.full((len(x_t),), math.nan, device=x_t.device)
     differ = (candidates != candidates[:, :1]) & U[:, None]  # [B, k, L]
@@ -678,8 +680,8 @@ def sample_states(
 ):
     """`sample`, as an iterator over SampleState: the start, then the state after each event.
 
-    An event is one forward pass, shared by all rows that still have masks. Each of them moves on to
-    its own next step that reveals a token. Arguments and errors are those of `sample`.
+    An event is one forward pass of the denoiser. In it, every row that still has masks goes to its
+    own next step that reveals a token. Arguments and errors are those of `sample`.
     """
     if k < 1 or not 0 <= window <= 1:
         raise ValueError(f"needs k >= 1 and 0 <= window <= 1: got {k}, {window}")
@@ -688,28 +690,26 @@ def sample_states(
         k = 1
     times = draw_timetable(x == mask_id, steps, schedule, generator)  # [B, L]
     t = torch.ones(len(x), device=x.device)
-    in_turn = torch.zeros(len(x), dtype=torch.long, device=x.device)
-    in_all = in_turn
+    in_turn = in_all = torch.zeros(len(x), dtype=torch.long, device=x.device)
     yield SampleState(x, t, torch.full_like(t, math.nan), in_turn, in_all)
     while times.isfinite().any():
-        rows = times.isfinite().any(dim=1).nonzero()[:, 0]  # finished sequences drop out
+        unfinished = times.isfinite().any(dim=1)  # Bool[B]
+        rows = unfinished.nonzero()[:, 0]
         now = times[rows].min(dim=1).values  # [rows]
         U = times[rows] == now[:, None]  # [rows, L]
         inside = (now < window) & (k > 1)
         chosen, row_ess = choose(
             denoiser, energy, x[rows], U, inside, rows, mask_id=mask_id, k=k, generator=generator
         )
-        x, t, in_turn, in_all = x.clone(), t.clone(), in_turn.clone(), in_all.clone()
+        x, t = x.clone(), t.clone()
         x[rows] = torch.where(U, chosen, x[rows])
-        t[rows] = (1 - now - (1 / steps if steps else 0)).float()
+        t[rows] = (1 - now - (1 / steps if steps else 0)).float()  # the end of the step
         times[rows] = times[rows].masked_fill(U, math.inf)
         ess = torch.full_like(t, math.nan)
         ess[rows] = row_ess
         judged = ess.isfinite()
-        in_turn[rows] += 1
-        in_turn += judged
-        in_all[rows] += 1
-        in_all += k * judged
+        in_turn = in_turn + unfinished + judged
+        in_all = in_all + unfinished + k * judged
         yield SampleState(x, t, ess, in_turn, in_all)
 
 
@@ -739,20 +739,20 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
     """Draws from EDLM-coAR without approximation: yields SampleState; the last one holds the texts.
 
     For EDLM-coAR, (4) is the product over masked i of p_AR(x0_i | x0_<i), and Z = 1. So it can be
-    drawn from exactly, without k, weights or T. The denoiser drafts all masked tokens of x
-    Long[B, L], each from q_i = mu_i. Then, in rounds, until all is revealed:
+    drawn from exactly, without k, weights or T, by speculative decoding: the denoiser drafts, and
+    the AR model corrects. Each masked token i of x Long[B, L] is drafted from q_i = mu_i. Then, in
+    rounds, until all is revealed:
 
-    The AR model reads the drafts and gives p_i, its distribution at i after the drafts on the left.
-    Draft i is kept with probability min(1, p_i / q_i). Else it is replaced by a draw from the
-    positive part of p_i - q_i, normalised. Either way draft i now has exactly the law p_i, given
-    what the AR model has read. Up to and including the first refusal, that was the true text: these
-    tokens are revealed. To the right of it, the AR model has read a draft that has been replaced,
-    so p_i there is not the final law. It is still the law of the draft that stands there now. So
-    the next round tests this draft again, with this p_i as its q_i.
+    - The AR model reads the drafts. p_i is its distribution of token i, given those on the left.
+    - Draft i is kept with probability min(1, p_i / q_i). Otherwise it is refused: a draw from the
+      positive part of p_i - q_i, normalised, replaces it. Given what was read on its left, token i
+      now has the law p_i.
+    - All tokens up to and including the first refusal are revealed. What was read on the left of
+      them is final.
+    - Each token further right is a draft of the next round, with its p_i for the new q_i.
 
-    This is speculative decoding with a denoiser as the drafter. `ar` has a method `logits`, as
-    AutoregressiveLM has. Given tokens never change, but a masked token is drawn without looking at
-    given tokens on its right.
+    Given tokens never change. A masked token is drawn without looking at given tokens on its right.
+    `ar` has a method `logits`, as AutoregressiveLM has.
     Raises ValueError for a masked x[:, 0], a model in training mode, and logits that are no
     distribution.
     """
@@ -796,20 +796,22 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #                      The first holds for every n, the second once n is large enough.
 #     (9)  joint       sum over m = 1..M of (1/m) mean over |S| = m [
 #                          -log mu(x0 | x_{-S}) + E(x0, x_{-S}) + log Z(x_{-S}) ]
-#     (10) sampler     a step that reveals U out of S costs -log P_k(x0_U | x_{-S}). Draw k
-#                      candidates from mu, but give the first one the tokens x0_U on U. Let
-#                      w_i = exp(-E) be their weights. Then
+#     (10) sampler     a step that reveals U out of S costs -log P_k(x0_U | x_{-S}), where
 #                      P_k(x0_U | x_{-S}) = mu_U(x0_U) mean[ k w_1 / (w_1 + ... + w_k) ]
+#                      and w_i is exp(-E) of candidate i. The mean is over k draws from mu, of which
+#                      the first one is then given the tokens x0_U on U.
 #
 # The joint formula (9) is the paper's, and its tables report it. It is the NELBO (3) with
-# -log p(x0 | x_t) of (4) in place of -log mu. In a chain of T steps, it charges the share |U| / |S|
-# of -log p(x0 | x_t) for each step; (9) as written is the limit of many steps. If the tokens of S
-# are independent, as under mu, this is right on average over U. With an energy they depend on each
-# other, and it is wrong: revealing U costs -log of the *marginal* probability of x0_U.
+# -log p(x0 | x_t) of (4) in place of -log mu. Seen as a chain of steps, it charges a step the share
+# |U| / |S| of -log p(x0 | x_t). In (9) a step reveals one token; in T steps it can be more. If the
+# tokens of S are independent, as under mu, this is right on average over U. With an energy they
+# depend on each other, and it is wrong: revealing U costs -log of the *marginal* probability of
+# x0_U.
 #
 # Example: two fair bits that are always equal. Their entropy is 1 bit. The energy is the best one,
 # so (4) is the data's distribution, and the chain draws it exactly in any number of steps. With
-# T = 2 steps, each bit is revealed in the first one with probability 1/2:
+# T = 2 steps, each bit is revealed in the first one with probability 1/2. A sum a + b stands for a
+# bits charged in the first step and b in the second:
 #
 #     first step reveals   probability   the joint formula charges   the true cost
 #     both bits                1/4           1   + 0  =  1             1 + 0  =  1
@@ -819,7 +821,8 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #
 # In the middle row, the first bit that is revealed also tells the other one. The joint formula
 # charges 1/2 bit for it, and then nothing for the other one, because it is certain. So it reports
-# less than the entropy, which no distribution can. As T grows it falls to 1/2 bit.
+# 3/4 bit. As T grows, this falls to 1/2 bit. But the mean of -log p is never below the entropy, for
+# any distribution p.
 #
 # The sampler's cost (10) is that of the very law `sample` draws from. Of k candidates, the first is
 # x0 on U with probability mu_U(x0_U), and it is then kept with probability w_1 / (w_1 + ... + w_k).
@@ -840,8 +843,8 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     paper's Theorem 1, with A_{n-1} averaged over the n ways to leave one draw out. For large n the
     mean of A_n is about log Z - c/n, which makes the mean of `upper` about log Z + c/n.
 
-    At small n `upper` is no upper bound. Let the weight exp(-E) be 1000 for one text in a hundred
-    and 1 for the others: log Z is 2.40. The mean of `upper` is 0.23, 0.89, 2.15, 2.99 and 2.53 for
+    At small n `upper` is no upper bound. If exp(-E) is 1000 for one text in a hundred and 1 for the
+    others, log Z is 2.40. The mean of `upper` is 0.23, 0.89, 2.15, 2.99 and 2.53 for
     n = 2, 8, 32, 128 and 512. `upper` is +inf for a row in which only one draw has a finite energy.
     Raises ValueError for n < 2 and for energies that `check_energies` refuses.
     """
@@ -870,8 +873,8 @@ def joint_nelbo(
     This is no bound on any likelihood; the head of this section says why. It is one random draw a
     row, unbiased except for the error in log Z, for a chain of `steps` steps (None: many steps).
     log_partition says what stands for log Z: the "lower" or the "upper" end of (8) from n draws, or
-    "exact", which is 0: EDLM-coAR guarantees that. At small n even "upper" is too low, so the
-    perplexity comes out too good: see `log_partition_bounds`. Raises ValueError for another
+    "exact", which is 0 and needs no draws: for EDLM-coAR. At small n even "upper" is too low, and
+    the perplexity comes out too good: see `log_partition_bounds`. Raises ValueError for another
     log_partition, for steps < 1, and what `log_partition_bounds` raises.
     """
     check_eval(denoiser=denoiser, energy=energy)
@@ -891,16 +894,15 @@ def joint_nelbo(
 def sampler_nelbo(
     denoiser, energy, x0: Tensor, *, mask_id: int, k: int, n: int, steps=None, window: float = 1.0
 ) -> Tensor:
-    """An upper bound on -log of the probability that `sample` draws x0: Float[B], nats per
-    sequence.
+    """The bound (10) on -log of the probability of x0 under `sample`: Float[B], nats per sequence.
 
-    What is bounded: `sample` with the same energy, k, window and steps (None: one token at a time)
-    and the linear schedule. Each row of x0 Long[B, L] gets one random draw of the bound; average
-    over rows and calls. k = 1 or no energy gives the NELBO of a chain of T steps.
+    What is bounded: `sample` from BOS and masks, with the same energy, k, window and steps (None:
+    one token at a time) and the linear schedule. Each row of x0 Long[B, L] gets one random draw,
+    whose mean is the bound. k = 1 or no energy gives the NELBO of a chain of T steps.
 
-    Why it is an upper bound: for two reasons, both Jensen's inequality. The timetable is random, as
-    in `nelbo`; this gap stays. And the mean in (10) is estimated by an average of n terms, whose
-    log is too low on average; this gap closes as n grows. Term i puts x0_U into draw i. Its rivals
+    Why it is an upper bound: by Jensen's inequality, twice. The timetable is random, as in `nelbo`;
+    this gap stays. And the mean in (10) is estimated by an average of n terms, whose log is too low
+    on average; this gap closes as n grows. Term i puts x0_U into draw i. Its rivals
     are the next k - 1 draws, in a circle: for n = 4 and k = 3, the rivals of term 3 are draws 4 and
     1.
 
