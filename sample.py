@@ -107,7 +107,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     given = group.add_mutually_exclusive_group()
     given.add_argument("--prompt", help="continue this text")
     given.add_argument("--infill", help="fill the gaps of this text: ___ is one token, ___*5 five")
-    add("--num", type=number, help="how many texts (default: 300 on the toy language, else 4)")
+    add("--num", type=number, help="how many texts (default: 1000 on the toy language, else 4)")
     add("--batch", type=number, help="texts at once (default: what fits into a little memory)")
     add("--seed", type=int, default=0, help="same seed and flags, same texts (default: 0)")
     add("--judge", help="perplexity under this causal LM too, read by the package transformers")
@@ -568,7 +568,7 @@ def draw_all(args, run: Run) -> None:
     """Draws from every setting. Shows texts as they come, and then the figures in a table."""
     start = start_state(args, run)
     toy = is_toy(run, start)
-    num = args.num or (300 if toy and args.prompt is None else 4)
+    num = args.num or (1000 if toy and args.prompt is None else 4)
     judge = OutsideLM(args.judge, run) if args.judge else None
     settings = list_settings(args, run, load_energies(args, run))
     print(f"{num} texts of every setting on {run.device}\n")

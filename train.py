@@ -518,7 +518,7 @@ def prepare_networks(run: Run, s: Settings, device) -> None:
     if device.type == "cuda":
         run.rate = matmul_rate(device) * processes()[1]
     if s.compile == "yes" or (s.compile == "cuda" and device.type == "cuda"):
-        print("the first step takes a minute: the blocks are compiled")
+        print("the first steps take up to a minute: the blocks are compiled")
         for network in filter(None, (run.model, run.denoiser)):
             for block in network.transformer.blocks:
                 block.compile(dynamic=False)  # the sizes in a block hardly ever change
@@ -599,9 +599,8 @@ def make_row(run: Run, s: Settings, loss: float, norm: float, since: tuple) -> d
         tokens_per_second=round(speed),
     )
     if run.rate:
-        row["share_of_matmul_rate"] = round(
-            speed * operations(run.stage, run.model.config) / run.rate, 3
-        )
+        share = speed * operations(run.stage, run.model.config) / run.rate
+        row["share_of_matmul_rate"] = round(share, 3)
     return row
 
 
