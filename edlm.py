@@ -16,7 +16,7 @@ of that candidate are revealed; the rest is drafted again in the next step.
 Symbols, the same everywhere:
 
     B  sequences in a batch       L  tokens in a sequence    M  = L - 1, those that can be masked
-    V  tokens in the vocabulary   K  candidates (argument k)  N  positions that are asked for
+    V  tokens in the vocabulary   K  candidates (argument k)  N  positions whose logits we want
     T  steps of the sampler (argument steps)                 t  time: 1 all masked, 0 all revealed
 
     x0       Long[B, L]   a clean text; x0[:, 0] is BOS: given, never masked, never scored
@@ -24,10 +24,10 @@ Symbols, the same everywhere:
     x_t      Long[B, L]   x0 with some of its tokens replaced by mask_id
     S        Bool[B, L]   the masked positions
     U        Bool[B, L]   those positions of S that one step of the sampler reveals
-    x_{-S}                x0 with its tokens on S masked: this is x_t, written so that S is visible
+    x_{-S}                x0 with its tokens on S masked: this is x_t, written so that it names S
     x0_U                  the tokens of x0 on U
     mu                    the denoiser's distribution, from which candidates are proposed: a product
-                          of mu_i over positions i; mu_U is the product over U
+                          of mu_i over masked positions i; mu_U is the product over U
     log_q    Float[B, K]  log mu of all masked tokens of a candidate, in nats (q: the proposal)
     E        Float[B, K]  energy of a candidate; a low energy means a plausible text
 
@@ -36,8 +36,8 @@ positions that are True in `where`, in row-major order: Float[N, V], or wider if
 V have probability 0. An energy is whatever can be called as energy(candidates Long[B, K, L], x_t,
 log_q) and returns Float[B, K].
 
-The equations, in the paper's order, with numbers of our own. mean[...] is an average, "mean over
-|S| = m" one over all sets S of m positions out of M, and x' a draw from mu(. | x_t):
+The equations, in the paper's order, with numbers of our own. mean[...] is an average. "mean over
+|S| = m" averages over all sets S of m of the M positions. x' is a draw from mu(. | x_t).
 
     (1) forward    a token is masked with probability 1 - alpha_t; alpha_1 = 0 and alpha_0 = 1
     (2) reverse    decoding goes down from t = 1 to t = 0; in a step from t to s < t, a masked token
@@ -152,8 +152,8 @@ class Transformer(nn.Module):
     """The network behind all three models. They differ in `causal` and in what is put on top.
 
     It is not told the time t. Once it is known *which* tokens are visible, the noise level says
-    nothing more about the masked ones (RADD, arXiv:2406.03736). So sequences at different times can
-    share a forward pass.
+    nothing more about the masked ones (RADD, arXiv:2406.03736). So one output stays valid for as
+    long as nothing is revealed.
 
     Rotary attention sees only differences of positions: in a row of nothing but masks, all
     positions would look alike. The BOS token in front tells them apart. This is why it is never
@@ -253,8 +253,8 @@ def draw_timetable(
     0 is the start, 1 is the end. Positions that are not masked get inf.
 
     Draw u uniformly, and reveal the token at the t at which alpha_t = u. At any t it is then
-    visible if u <= alpha_t. This has probability alpha_t, as (1) demands. With T steps, 1 - t is
-    rounded down to the start of its step: 0, 1/T, 2/T, ... steps=None is the limit of many steps,
+    visible if u <= alpha_t. This has probability alpha_t, as (1) demands. With T steps, a token
+    gets the 1 - t at which its step begins: 0, 1/T, 2/T, ... steps=None is the limit of many steps,
     in which tokens are revealed one by one. Raises ValueError for steps < 1 or an unknown schedule.
     """
     if steps is not None and steps < 1:
@@ -280,16 +280,16 @@ def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Ten
     The denoiser's cost is a sum over i in U of terms f(i, S) = -log mu_i(x0_i | x_{-S}). Given S
     and |U|, all subsets of S of that size are equally likely to be U. So the sum of f over U is on
     average |U| / |S| times the sum of f over S. Hence M / |S| times the sum of f over S is unbiased
-    too, and it varies less. Only the energy's part of (10) needs the weight M / |U|.
+    too, and it varies less. A cost that is no such sum keeps M / |U|: see `sampler_nelbo`.
     """
     B, L = x0.shape
     maskable = torch.ones_like(x0, dtype=torch.bool)
     maskable[:, 0] = False
     times = draw_timetable(maskable, steps)  # [B, L]
-    # To pick a random token, pick its rank in the order of reveals. Each row's place in [0, 1) is
-    # uniform. But the B places lie 1/B apart, so the mean over the batch varies less.
+    # Pick a token by its rank, from 0, in the order of reveals. Each row's place is uniform in
+    # [0, 1). The B places are stratified, 1/B apart, so the mean over the batch varies less.
     place = (torch.randperm(B, device=x0.device) + torch.rand(1, device=x0.device)) / B
-    rank = (place * (L - 1)).long().clamp(max=L - 2)  # the picked token is revealed rank-th, from 0
+    rank = (place * (L - 1)).long().clamp(max=L - 2)
     when = times.sort(dim=1).values.gather(1, rank[:, None])  # [B, 1]
     S = (times >= when) & maskable
     U = times == when
@@ -298,7 +298,7 @@ def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Ten
 
 # ------------ 3. The denoiser and its NELBO -------------------------------------------------------
 
-# Tables of probabilities [N, V] can be huge. They are made so many rows at a time: 2048 rows keep a
+# Tables of probabilities [N, V] can be huge. They are made ROWS rows at a time: 2048 keep a
 # GPU busy, 64 rows stay in a CPU's cache.
 ROWS = {"cuda": 2048, "cpu": 64}
 
@@ -381,7 +381,7 @@ def categorical(logits: Tensor, k: int, generator=None) -> tuple[Tensor, Tensor]
         cumulative = p.cumsum(dim=1, dtype=torch.float64)
         total = cumulative[:, -1:]  # 1, but for rounding
         drawn = torch.searchsorted(cumulative, some_u * total)
-        drawn = drawn.clamp(max=p.shape[1] - 1)  # only nan, refused below, is beyond the last token
+        drawn = drawn.clamp(max=p.shape[1] - 1)  # rows with nan end up beyond V
         tokens.append(drawn)
         log_p.append(p.gather(1, drawn).log())
         totals.append(total[:, 0])
@@ -518,9 +518,8 @@ class NCEResidual(nn.Module):
         """candidates Long[B, K, L], x_t Long[B, L] -> E Float[B, K]; log_q is not used."""
         embed = self.transformer.embed
         h = self.join_x0(embed(candidates)) + self.join_xt(embed(x_t))[:, None]  # [B, K, L, d]
-        h = self.transformer(
-            h.flatten(0, 1).float()
-        )  # [B K, L, d]; the sum of the branches stays float32
+        h = h.flatten(0, 1).float()  # float32, so that the residual stream stays float32
+        h = self.transformer(h)  # [B K, L, d]
         # bfloat16 would leave two or three digits of E, so the rest is done in float32.
         with torch.autocast(h.device.type, enabled=False):
             h = h.float().mean(dim=1)  # [B K, d]
@@ -551,7 +550,7 @@ def nce_loss(denoiser, energy, x0: Tensor, *, mask_id: int) -> Tensor:
         logits = denoiser(x_t, S)
         false, _ = propose(logits, x_t, S, 1)
         candidates = torch.cat((x0[:, None], false), dim=1)  # [B, 2, L]
-        log_q = candidate_log_q(logits, candidates, S)
+        log_q = candidate_log_q(logits, candidates, S)  # for energies that use it; ours does not
     e_true, e_false = energy(candidates, x_t, log_q).unbind(dim=1)  # [B] each
     return (F.softplus(e_true) + F.softplus(-e_false)).mean()
 
@@ -623,7 +622,7 @@ def check_energies(E: Tensor, rows) -> None:
     """Raises ValueError if softmax(-E) over K candidates is not defined, for E Float[B, ..., K].
 
     +inf for some of the K only means that they are never kept. +inf for all of them, -inf and nan
-    are refused. The message names the row: rows[b] is the number of row b.
+    are refused. E may hold only some rows of a batch: rows[b] is what the message calls row b.
     """
     lowest = E.amin(dim=-1).view(len(E), -1)  # nan if there is a nan
     bad = ~lowest.isfinite().all(dim=1)
@@ -639,8 +638,8 @@ class SampleState:
     x: Tensor  # Long[B, L]
     t: Tensor  # Float[B], the time each row has reached (`sample_exact`: the share still masked)
     ess: Tensor  # Float[B], effective sample size 1 / (sum of w^2); nan where none was judged
-    in_turn: Tensor  # Long[B], network passes so far that had to wait for each other
-    in_all: Tensor  # Long[B], all network passes so far; judging k candidates is k of them
+    in_turn: Tensor  # Long[B], passes so far in sequence; judging k candidates counts as one
+    in_all: Tensor  # Long[B], all passes so far; judging k candidates counts as k
     refused: Tensor | None = None  # Long[B], rounds of `sample_exact` that ended in a refusal
 
 
@@ -723,10 +722,10 @@ def sample(
     where t > 1 - window, the energy judges k candidates in each step. With k = 1, no energy or
     window = 0 this is plain diffusion (MDLM). steps=None reveals one token at a time.
 
-    The law is that of the chain of `steps` steps; the batch size does not change it. A sequence
-    takes at most min(steps, masked tokens) passes of the denoiser. A torch.Generator must live on
-    the model's device. Raises ValueError for arguments out of range, a masked x[:, 0], a model in
-    training mode, logits that are no distribution, and energies that `check_energies` refuses.
+    The law is that of the chain of `steps` steps; the batch size does not change it. The denoiser
+    makes a pass for each step that reveals a token. A torch.Generator must live on the model's
+    device. Raises ValueError for arguments out of range, a masked x[:, 0], a model in training
+    mode, logits that are no distribution, and energies that `check_energies` refuses.
     """
     settings = dict(steps=steps, energy=energy, k=k, window=window, schedule=schedule)
     for state in sample_states(denoiser, x, mask_id=mask_id, generator=generator, **settings):
@@ -736,7 +735,7 @@ def sample(
 
 @torch.no_grad()
 def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
-    """Draws from EDLM-coAR without approximation: yields SampleState; the last one holds the texts.
+    """Draws from (4) of EDLM-coAR exactly: yields SampleState; the last one holds the texts.
 
     For EDLM-coAR, (4) is the product over masked i of p_AR(x0_i | x0_<i), and Z = 1. So it can be
     drawn from exactly, without k, weights or T, by speculative decoding: the denoiser drafts, and
@@ -747,14 +746,14 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
     - Draft i is kept with probability min(1, p_i / q_i). Otherwise it is refused: a draw from the
       positive part of p_i - q_i, normalised, replaces it. Given what was read on its left, token i
       now has the law p_i.
-    - All tokens up to and including the first refusal are revealed. What was read on the left of
-      them is final.
-    - Each token further right is a draft of the next round, with its p_i for the new q_i.
+    - All tokens up to and including the first refusal are revealed. All on their left was kept as
+      it was read, so their p_i is the right one.
+    - Each token further right is reused as a draft. Its law is now p_i, so p_i is its new q_i.
 
     Given tokens never change. A masked token is drawn without looking at given tokens on its right.
-    `ar` has a method `logits`, as AutoregressiveLM has.
-    Raises ValueError for a masked x[:, 0], a model in training mode, and logits that are no
-    distribution.
+    For this reason `sample`, which reveals tokens in random order, has another law with T > 1.
+    `ar` has a method `logits`, as AutoregressiveLM has. Raises ValueError for a masked x[:, 0], a
+    model in training mode, and logits that are no distribution.
     """
     check_start(x, mask_id, denoiser=denoiser, ar=ar)
     passes = torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -798,18 +797,17 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #                          -log mu(x0 | x_{-S}) + E(x0, x_{-S}) + log Z(x_{-S}) ]
 #     (10) sampler     a step that reveals U out of S costs -log P_k(x0_U | x_{-S}), where
 #                      P_k(x0_U | x_{-S}) = mu_U(x0_U) mean[ k w_1 / (w_1 + ... + w_k) ]
-#                      and w_i is exp(-E) of candidate i. The mean is over k draws from mu, of which
-#                      the first one is then given the tokens x0_U on U.
+#                      and w_i is exp(-E) of candidate i. The mean is over k draws from mu. In the
+#                      first one, the tokens on U are replaced by x0_U.
 #
 # The joint formula (9) is the paper's, and its tables report it. It is the NELBO (3) with
-# -log p(x0 | x_t) of (4) in place of -log mu. Seen as a chain of steps, it charges a step the share
-# |U| / |S| of -log p(x0 | x_t). In (9) a step reveals one token; in T steps it can be more. If the
-# tokens of S are independent, as under mu, this is right on average over U. With an energy they
-# depend on each other, and it is wrong: revealing U costs -log of the *marginal* probability of
-# x0_U.
+# -log p(x0 | x_t) of (4) in place of -log mu. Seen as a chain, it charges each step the share
+# |U| / |S| of -log p(x0 | x_t). The true cost of revealing U is -log of the *marginal* probability
+# of x0_U. If the tokens of S are independent, as under mu, the share equals the true cost on
+# average over U. With an energy they depend on each other, and the share is wrong.
 #
 # Example: two fair bits that are always equal. Their entropy is 1 bit. The energy is the best one,
-# so (4) is the data's distribution, and the chain draws it exactly in any number of steps. With
+# so (4) is the data's distribution, and a chain that draws from (4) in each step is exact. With
 # T = 2 steps, each bit is revealed in the first one with probability 1/2. A sum a + b stands for a
 # bits charged in the first step and b in the second:
 #
@@ -894,7 +892,7 @@ def joint_nelbo(
 def sampler_nelbo(
     denoiser, energy, x0: Tensor, *, mask_id: int, k: int, n: int, steps=None, window: float = 1.0
 ) -> Tensor:
-    """The bound (10) on -log of the probability of x0 under `sample`: Float[B], nats per sequence.
+    """An upper bound, from (10), on -log p(x0) under `sample`: Float[B], nats per sequence.
 
     What is bounded: `sample` from BOS and masks, with the same energy, k, window and steps (None:
     one token at a time) and the linear schedule. Each row of x0 Long[B, L] gets one random draw,
@@ -919,7 +917,8 @@ def sampler_nelbo(
     x_t = x0.masked_fill(S, mask_id)
     logits = denoiser(x_t, S)
     log_q0 = candidate_log_q(logits, x0[:, None], S)[:, 0]  # [B]
-    bound = -log_q0 * M / S.sum(dim=1)  # -log mu_U of (10): a sum over tokens
+    # -log mu_U of (10) is a sum over tokens: S may stand for U, see `draw_step`
+    bound = -log_q0 * M / S.sum(dim=1)
     if energy is None or k == 1 or not inside.any():
         return bound
     draws, log_q = propose(logits, x_t, S, n)  # [B, n, L]

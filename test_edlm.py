@@ -18,7 +18,6 @@ import json
 import lzma
 import math
 import os
-import pty
 import re
 import runpy
 import shlex
@@ -27,12 +26,9 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
-import urllib.request
 import zipfile
 from collections import Counter, defaultdict
-from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,10 +36,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 
 import data
 import edlm
@@ -818,6 +812,15 @@ def no_fsync(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+@pytest.fixture
+def gpt2():
+    """GPT-2's tokenizer, if its vocabulary is at hand: set TIKTOKEN_CACHE_DIR."""
+    try:
+        return data.get_tokenizer("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 def refused(message, call, *args, **options):
     """The call raises what `data.run` prints: a plain line with this in it."""
     with pytest.raises((ValueError, OSError), match=message) as error:
@@ -835,9 +838,19 @@ def stream(folder, split):
     return np.concatenate([np.fromfile(shard, "<u2", offset=1024) for shard in shards]).tolist()
 
 
-def prepare(out, source, files, **options):
+def prepare(out, files, source="text", **options):
     """What `python data.py` does for these files, to bytes if not told otherwise."""
-    data.prepare(out, **data.SOURCES[source] | dict(files=files, tokenizer="bytes") | options)
+    settings = dict(data.SOURCES[source], files=files, tokenizer="bytes")
+    settings.update(options)
+    data.prepare(out, **settings)
+
+
+def three_files(folder):
+    """Three source files of 21 documents, each of which has 6 tokens with its END_OF_TEXT."""
+    paths = [folder / f"{name}.txt" for name in "abc"]
+    for path in paths:
+        path.write_text(f"{path.name}\n\n" * 21)
+    return paths
 
 
 def test_data_toy_language_is_a_distribution_with_the_stated_entropy():
@@ -847,11 +860,8 @@ def test_data_toy_language_is_a_distribution_with_the_stated_entropy():
     counts = Counter(data.toy_stories(30000, seed=1))
     # Each is expected 20.8 +- 4.6 times: a false alarm in 1e6 seeds.
     assert set(counts) == set(data.toy_language()) and max(counts.values()) < 20.8 + 7 * 4.6
-    assert data.toy_stories(9, seed=1) == data.toy_stories(9, seed=1) != data.toy_stories(9, seed=2)
     good = "ben has a black boat. he gives it to eva today. she likes the black boat."
-    assert data.toy_is_valid(good)
-    for change in [("he ", "she "), ("gives", "sells"), ("she", "he"), ("the black", "the red")]:
-        assert not data.toy_is_valid(good.replace(*change, 1))
+    assert data.toy_is_valid(good) and not data.toy_is_valid(good.replace("the black", "the red"))
 
 
 def test_data_toy_shards_hold_one_story_per_block(tmp_path):
@@ -863,7 +873,7 @@ def test_data_toy_shards_hold_one_story_per_block(tmp_path):
     refused("block_size of 21, not 32", data.Blocks, tmp_path, "train", 32)
 
 
-def test_data_tokenizers_round_trip_and_show_masks():
+def test_data_tokenizers_round_trip_show_masks_and_refuse_unknown_words():
     texts = {"bytes": "Häß\n\n 世界 <|endoftext|> \0" * 99, "text8": "the fox", "toy": "ben has a"}
     for name, size, mask in (("bytes", 257, "_"), ("text8", 28, "_"), ("toy", 35, " ___")):
         tokenizer = data.get_tokenizer(name)
@@ -872,99 +882,33 @@ def test_data_tokenizers_round_trip_and_show_masks():
         assert data.decode(tokenizer, torch.tensor(ids)) == texts[name]
         shown = data.decode(tokenizer, [size - 1, *ids, size, size, size - 1])
         assert shown == texts[name] + 2 * mask
-    assert data.decode(tokenizer, [size, *ids[1:]]) == "___ has a"
-    assert data.decode(data.get_tokenizer("bytes"), [104, 195]) == "h\N{REPLACEMENT CHARACTER}"
+    documents = data.tokenize(["ben has", "ben has a yacht."], tokenizer, "a.txt")
+    refused("a.txt, document 2: the toy tokenizer has no word ' yacht'", list, documents)
 
 
-def test_data_what_cannot_be_tokenised_is_refused_by_name(monkeypatch):
-    for name, text, culprit in [
-        ("toy", "ben has a yacht.", "' yacht'"),
-        ("toy", "ben  has", "' ': a toy word carries one space"),
-        ("bytes", "\ud800", "Unicode"),
-    ]:
-        refused(re.escape(culprit), data.encode, data.get_tokenizer(name), text)
-    refused("choose one of gpt2, bytes, toy, text8", data.get_tokenizer, "gpt3")
-    # What fetches the vocabulary fails with an OSError, as without a network.
-    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: open("no such\nfile"))
-    refused("TIKTOKEN_CACHE_DIR", data.get_tokenizer.__wrapped__, "gpt2")
-
-
-def test_data_long_texts_are_encoded_in_parts_with_the_same_tokens(monkeypatch):
-    # GPT-2's own pattern, and a small vocabulary whose tokens show where white space was cut.
-    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-    tokens = [bytes([i]) for i in range(256)] + [b"  ", b" a", b"bc", b"\n\n", b"    ", b" \n"]
-    ranks = {token: i for i, token in enumerate(tokens)}
-    special = {data.END_OF_TEXT: len(tokens)}
-    tokenizer = tiktoken.Encoding(
-        "x", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
-    )
-    spaces = "a" + " " * 2_000_000 + "b"
-    with pytest.raises(ValueError, match="Max stack size"):
-        tokenizer.encode_to_numpy(spaces)
-    assert tokenizer.decode(data.encode(tokenizer, spaces)) == spaces
-    words = ["a", " ", "  ", "\n", "bc", "'ll", "7", ".", "\u3000", "\x1c", "é", "\t", "\xa0"]
-    text = "".join(np.random.default_rng(0).choice(words, 5000))
-    monkeypatch.setattr(data, "PARTS", re.compile(data.PARTS.pattern.replace("100000", "40")))
-    assert len(data.PARTS.findall(text)) > 100
-    assert data.encode(tokenizer, text) == tokenizer.encode_ordinary(text)
-    documents = data.tokenize([text, "\ud800"], tokenizer, "a.txt")  # its parts side by side
-    assert next(documents).tolist() == [*tokenizer.encode_ordinary(text), len(tokens)]
-    refused("a.txt, document 2: .*Unicode", next, documents)
-
-
-def make_folder(folder, tokens, shard_tokens=70):
-    """A data folder of these bytes, so many from each source file; the first 50 for validation."""
-    cuts = range(shard_tokens, len(tokens), shard_tokens)
-    parts = np.split(np.asarray(tokens, data.TOKEN), cuts)
-    source = ["a source"] * len(parts)
-    data.claim(folder, dict(tokenizer="bytes", vocab_size=257, val_docs=0, source=source))
-    for number, part in enumerate(parts):
-        data.write_shard(folder / f"train_{number:03d}.bin", [part[:1], part[1:]])
-    data.write_shard(folder / "val_000.bin", [np.asarray(tokens[:50], data.TOKEN)])
-    return folder
-
-
-@pytest.mark.parametrize("shard_tokens", [7, 1000])
-def test_data_shards_round_trip_with_blocks_that_span_them(tmp_path, shard_tokens):
-    tokens = np.random.default_rng(0).integers(0, 256, 200)
-    blocks = data.Blocks(make_folder(tmp_path, tokens, shard_tokens), "train", 32)
-    assert (blocks.tokenizer, blocks.vocab_size, blocks.eot, len(blocks)) == ("bytes", 257, 256, 6)
-    expected = [[256, *tokens[i * 30 : (i + 1) * 30], 256] for i in range(6)]
-    assert [block.tolist() for block in blocks] == expected
-    header = np.fromfile(tmp_path / "train_000.bin", "<i4", 256)  # as llm.c reads it
-    assert header.tolist() == [20240520, 1, min(200, shard_tokens)] + [0] * 253
-    loader = DataLoader(blocks, batch_sampler=[[4, 0], [5]], num_workers=2)
-    assert [batch.tolist() for batch in loader] == [[expected[4], expected[0]], [expected[5]]]
-
-
-def test_data_of_nanogpt_is_read_unless_its_vocabulary_is_its_own(tmp_path):
-    tokens = np.arange(200, dtype="<u2")
-    tokens.tofile(tmp_path / "train.bin")
-    blocks = data.Blocks(tmp_path, "train", 32)
-    assert (blocks.tokenizer, blocks.vocab_size, len(blocks)) == ("gpt2", 50257, 6)
-    assert blocks[5].tolist() == [50256, *tokens[150:180], 50256]
-    (tmp_path / "meta.pkl").write_bytes(b"of characters")
-    refused(r"meta.pkl.*--tokenizer bytes", data.Blocks, tmp_path, "train", 32)
+def test_data_blocks_cut_the_stream_and_span_shards(tmp_path):
+    prepare(tmp_path / "o", three_files(tmp_path))
+    tokens, blocks = stream(tmp_path / "o", "train"), data.Blocks(tmp_path / "o", "train", 32)
+    expected = [[256, *tokens[i * 30 : (i + 1) * 30], 256] for i in range(len(tokens) // 30)]
+    assert [block.tolist() for block in blocks] == expected and len(blocks) == 12
+    header = np.fromfile(tmp_path / "o" / "train_000.bin", "<i4", 256)  # as llm.c reads it
+    assert header.tolist() == [20240520, 1, 126] + [0] * 253
 
 
 def test_data_folders_that_are_damaged_or_do_not_fit_are_refused(tmp_path):
-    folder = make_folder(tmp_path / "d", np.arange(200))
-    meta = folder / "meta.json"
-    refused("50 tokens, too few for one block of 53", data.Blocks, folder, "val", 53)
-    assert len(data.Blocks(folder, "val", 52)) == 1
-    refused("at least 3", data.Blocks, folder, "val", 2)
-    refused("meta.json is a file: run `python data.py", data.Blocks, meta, "train", 32)
-    refused("no train tokens.*data.py", data.Blocks, tmp_path, "train", 32)
-    foreign = data.Blocks(make_folder(tmp_path / "e", np.full(100, 999)), "train", 32)
-    refused("token 999, unknown to bytes", foreign.__getitem__, 0)
+    folder = tmp_path / "o"
+    prepare(folder, three_files(tmp_path))
+    refused("12 tokens, too few for one block of 15", data.Blocks, folder, "val", 15)
+    data.write_shard(folder / "train_000.bin", [np.full(126, 999, data.TOKEN)])
+    blocks = data.Blocks(folder, "train", 32)
+    refused("token 999, unknown to bytes", blocks.__getitem__, 0)
     os.truncate(folder / "train_001.bin", 1100)
     refused("train_001.bin is missing or damaged: run the", data.Blocks, folder, "train", 32)
-    for bad in ('{"name": "another program"}', '{"tokeni'):
-        meta.write_text(bad)
-        refused("meta.json is damaged or not made by", data.Blocks, folder, "train", 32)
-    many = type("Many", (bytes,), dict(__len__=lambda self: 2**31))()  # that many, in no memory
-    refused("too many.*cut its source", data.write_shard, tmp_path / "x.bin", [many])
-    assert not (tmp_path / "x.bin").exists()
+    (folder / "meta.json").write_text('{"tokeni')
+    refused("meta.json is damaged or not made by", data.Blocks, folder, "train", 32)
+    (folder / "meta.json").rename(folder / "meta.pkl")  # nanoGPT's name for another vocabulary
+    (folder / "train_000.bin").rename(folder / "train.bin")
+    refused("meta.pkl.*--tokenizer bytes", data.Blocks, folder, "train", 32)
 
 
 def first(order, n):
@@ -979,42 +923,28 @@ def test_data_batch_order_is_a_permutation_per_epoch_and_resumes_at_any_step():
     for step in (1, 4, 5, 12):
         rest = first(data.BatchOrder(23, 4, 2, seed=0, start_step=step), 8)
         assert rest == whole[2 * step : 2 * step + 8]
+    refused("not a multiple", data.BatchOrder, 23, 4, 3, seed=0)
 
 
-@pytest.mark.parametrize("world", [2, 6])
-def test_data_batch_order_gives_ranks_what_one_process_would_see(world):
-    alone = first(data.BatchOrder(100, 24, 4, seed=5), 24)  # 6 micro-batches per step
-    orders = [data.BatchOrder(100, 24, 4, seed=5, rank=r, world=world) for r in range(world)]
-    ranks = [first(order, 24 // world) for order in orders]
-    assert [batch for together in zip(*ranks, strict=True) for batch in together] == alone
-    for sizes in [(100, 24, 5), (100, 4, 4), (100, 0, 1)]:
-        refused("not a multiple", data.BatchOrder, *sizes, seed=0, world=world)
-    refused("only 3 blocks", data.BatchOrder, 3, 24, 4, seed=0, world=world)
-
-
-FRAMED = {
-    "one\nstill one\n \n\n  two\n\n\n": ["one\nstill one", "two"],
-    "no blank line\nin all\nof it": ["no blank line\nin all\nof it"],
-    "a\n\nb\n <|endoftext|> \nc\n<|endoftext|>\n\n<|endoftext|>\nd": ["a\n\nb", "c", "d"],
-    "uses <|endoftext|>\n\nas a word": ["uses <|endoftext|>", "as a word"],
-}
-
-
-@pytest.mark.parametrize("content", FRAMED)
-def test_data_is_framed_alike_for_training_and_for_evaluation(tmp_path, capsys, content):
-    path, texts = tmp_path / "a.txt", FRAMED[content]
+@pytest.mark.parametrize(
+    "content, texts",
+    [
+        ("one\nstill one\n \n\n  two\n\n\n", ["one\nstill one", "two"]),
+        ("a\n\nb\n <|endoftext|> \nc\n<|endoftext|>\n\n", ["a\n\nb", "c"]),
+    ],
+)
+def test_data_is_framed_alike_for_training_and_for_evaluation(tmp_path, content, texts):
+    """Documents end at blank lines, or at lines of END_OF_TEXT, which is also put behind each."""
+    path, tokenizer, expected = tmp_path / "a.txt", data.get_tokenizer("bytes"), []
     path.write_text(content)
-    prepare(tmp_path / "o", "text", [path])
-    way = "parted by lines of <|endoftext|>" if texts[0][0] == "a" else "parted by blank lines"
-    assert f"a.txt: {len(texts)} document{'s' * (len(texts) > 1)}, {way}" in capsys.readouterr().err
-    expected = [token for text in texts for token in [*text.encode(), 256]]
+    prepare(tmp_path / "o", [path])
+    for text in texts:
+        expected += [*text.encode(), 256]
     assert stream(tmp_path / "o", "train") + stream(tmp_path / "o", "val") == expected
-    bytes_tokenizer = data.get_tokenizer("bytes")
-    blocks, tokens = data.text_blocks(path, bytes_tokenizer, 5)
+    blocks, tokens = data.text_blocks(path, tokenizer, 5)
     whole = len(expected) // 3 * 3  # what is left over at the end makes no block
     assert blocks[:, 1:-1].flatten().tolist() == expected[:whole] and tokens == len(expected)
-    assert (blocks[:, [0, 4]] == 256).all()
-    blocks, tokens = data.text_blocks(path, bytes_tokenizer, 999)  # too short for a whole one
+    blocks, tokens = data.text_blocks(path, tokenizer, 999)  # one block, as long as it needs
     assert blocks.tolist() == [[256, *expected, 256]] and tokens == len(expected)
 
 
@@ -1028,28 +958,20 @@ def tar_of(files):
     return buffer.getvalue()
 
 
-def zip_of(*contents):
+def zip_of(text):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("folder/", "")
-        for number, content in enumerate(contents):
-            file.writestr(f"folder/{number}", content)
+        file.writestr("folder/file", text)
     return buffer.getvalue()
 
 
-def member_xz(texts):
-    return lzma.compress(tar_of({f"{i}.txt": text for i, text in enumerate(texts)}))
-
-
 def archive(*members):
-    """An archive as OpenWebText has them, of compressed archives of these texts."""
-    names = [f"openwebtext/m{i}_data.xz" for i in range(len(members))]
-    return tar_of(dict(zip(names, map(member_xz, members), strict=True)))
-
-
-def texts_of(n, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(97, 123, length, np.uint8).tobytes() for length in rng.integers(1, 60, n)]
+    """An archive as OpenWebText has them, of compressed archives of these lists of texts."""
+    files = {}
+    for number, texts in enumerate(members):
+        inner = tar_of({f"{i}.txt": text.encode() for i, text in enumerate(texts)})
+        files[f"openwebtext/m{number}_data.xz"] = lzma.compress(inner)
+    return tar_of(files)
 
 
 TEXTS = ["Häß und\nmehr", "世界", 'a "b"']
@@ -1057,262 +979,118 @@ TEXTS = ["Häß und\nmehr", "世界", 'a "b"']
 
 def test_data_is_read_in_the_forms_that_people_have(tmp_path):
     path, plain = tmp_path / "the name does not matter", "\n\n".join(TEXTS)
-    members = [text.encode() for text in TEXTS]
     for content in [
         ("\ufeff" + plain.replace("\n", "\r\n")).encode(),
         lzma.compress(plain.encode()),
         zip_of(plain),
         "\n".join(json.dumps(dict(n=1, text=text)) for text in TEXTS).encode() + b"\n\n",
-        member_xz(members),
-        archive(members[:2], members[2:]),
-        lzma.compress(archive(members)),
+        archive(TEXTS[:2], TEXTS[2:]),
     ]:
         path.write_bytes(content)
         assert list(data.read_text(path)) == TEXTS
-    path.write_bytes(archive([b" a\n\n\n\n\nb\n\nc\n", b"\n\n"]))
-    assert list(data.read_openwebtext(path)) == ["a\n\nb\n\nc"]
 
 
 def test_data_that_cannot_be_read_is_refused_with_a_way_out(tmp_path):
-    path, raw = tmp_path / "file", archive(*[texts_of(400, seed) for seed in range(3)])
+    path, whole = tmp_path / "file", archive(TEXTS, TEXTS)
     for content, message in {
-        zip_of("one", "two"): "zip of 2 files: unpack it",
-        b"PAR1\0\0": "is a Parquet file.*JSON lines",
         "UTF-16".encode("utf-16"): "not UTF-8 text.*iconv",
         b'{"text": "a"}\n{"text": "b': "line 2: each line of JSON must be",
-        b'{"story": "a"}': "line 1: each line of JSON must be",
         lzma.compress(b"random " * 99)[:-9]: "damaged, cut or locked",
-        raw[:20000]: "damaged, cut or locked",
-        raw[:9000] + bytes([raw[9000] ^ 255]) + raw[9001:]: "damaged, cut or locked",
-        raw.replace(b"openwebtext/m1", b"\xff" * 14): "damaged, cut or locked",  # a bad header
+        whole.replace(b"openwebtext/m1", b"\xff" * 14): "damaged, cut or locked",  # a bad header
     }.items():
         path.write_bytes(content)
         refused(f"file.* {message}", lambda: list(data.read_text(path)))
-    path.write_text("<html>404")
-    refused("file is neither", lambda: list(data.read_openwebtext(path)))
 
 
-@pytest.mark.parametrize(
-    "name, tokenised, text",
-    [
-        ("wikitext", " = = It = = \n a two @-@ part , 1 @,@ 0", "== It ==\na two-part, 1,0"),
-        ("wikitext", "he didn 't say \" Ted 's \" ( $ 4 ) .", "he didn't say \"Ted's\" ($4)."),
-        ("ptb", "it did n't rise N % to $ N in <unk>", "it didn't rise 1% to $1 in ?"),
-        ("ptb", "the boys ' game \\/ it 's on", "the boys' game / it's on"),
-        ("lm1b", 'He said , " I do n\'t know . "', 'He said, "I don\'t know."'),
-        ("lm1b", "see http : / / a.com ( now ) -- 5 % !", "see http://a.com (now) -- 5%!"),
-    ],
-)
-def test_data_detokenizers(tmp_path, name, tokenised, text):
-    for content in (tokenised, text):
-        (tmp_path / "a.txt").write_text(content)
-        blocks, _ = data.text_blocks(tmp_path / "a.txt", data.get_tokenizer("bytes"), 3, name)
+def test_data_detokenizers_undo_the_tokenisation_of_a_corpus(tmp_path):
+    path = tmp_path / "a.txt"
+    for corpus, tokenised, text in [
+        ("wikitext", "= = It = = \n he didn 't @-@ 1 @,@ 0", "== It ==\nhe didn't-1,0"),
+        ("ptb", "it did n't rise N % in <unk> \\/ ( boys ' )", "it didn't rise 1% in ? / (boys')"),
+        ("lm1b", 'He : " http : / / a.com ( now ) ! "', 'He: "http://a.com (now)!"'),
+    ]:
+        path.write_text(tokenised)
+        blocks, _ = data.text_blocks(path, data.get_tokenizer("bytes"), 3, corpus)
         assert blocks[:-1, 1].tolist() == [*text.encode()]
 
 
 def test_data_of_text8_is_split_by_character(tmp_path):
     text = "".join(np.random.default_rng(0).choice(list("abcdefghijklmnopqrstuvwxyz "), 1000))
-    path, tokenizer = tmp_path / "text8", data.get_tokenizer("text8")
+    path, out, tokenizer = tmp_path / "text8", tmp_path / "o", data.get_tokenizer("text8")
     path.write_text(text + "\n")  # the plain file is read as its zip is
-    prepare(tmp_path / "o", "text8", [path], tokenizer="text8")
-    ids = [stream(tmp_path / "o", split) for split in ("train", "val")]
-    assert [data.decode(tokenizer, part) for part in ids] == [text[:900], text[950:]]
-    for bad, message in {"": "text8 has no text", "<html>": "only a to z.*'<'"}.items():
-        path.write_text(bad)
-        refused(message, prepare, tmp_path / "p", "text8", [path])
+    prepare(out, [path], "text8", tokenizer="text8")
+    assert data.decode(tokenizer, stream(out, "train")) == text[:900]
+    assert data.decode(tokenizer, stream(out, "val")) == text[950:]
 
 
-def test_data_held_back_is_the_last_tenth_of_the_tokens(tmp_path, capsys):
-    for lengths, val_docs, kept in [
-        ([10] * 20, 0, 180),
-        ([10] * 20, 3, 170),
-        ([60, 33, 7], 0, 93),  # the nearest end
-        ([5, 95], 0, 90),  # no end is near: in the middle of a document
-    ]:
-        tokens = np.arange(sum(lengths), dtype=data.TOKEN)
-        documents = np.split(tokens, np.cumsum(lengths)[:-1])
-        data.write_shard(tmp_path / "train_000.bin", documents, tmp_path / "val_000.bin", val_docs)
-        assert stream(tmp_path, "train") == tokens[:kept].tolist()
-        assert stream(tmp_path, "val") == tokens[kept:].tolist()
-        assert ("in the middle of one" in capsys.readouterr().err) == (kept == 90)
+def test_data_held_back_are_the_last_documents_or_a_tenth_of_the_tokens():
+    assert data.place_cut(range(0, 201, 10), val_docs=3) == 170
+    assert data.place_cut(range(0, 201, 10), val_docs=0) == 180
+    assert data.place_cut([0, 5, 100], val_docs=0) == 90  # no document ends near nine tenths
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: no handler of data.py catches it, and nothing is cleaned up after it."""
 
 
-def test_data_killed_at_any_rename_ends_with_the_same_bytes_when_repeated(tmp_path, monkeypatch):
-    """And it reads no file again that has its shard."""
-    texts, real, read = texts_of(40), os.replace, []
-    paths = [tmp_path / f"{name}.tar" for name in "abc"]
-    for path in paths:
-        path.write_bytes(archive(texts[:15], texts[15:]))
-    prepare(tmp_path / "whole", "openwebtext", paths, val_docs=7)
+@pytest.mark.parametrize("point, left", [(0, "abc"), (1, "abc"), (2, "bc"), (3, "c"), (4, "c")])
+def test_data_killed_at_a_rename_ends_with_the_same_bytes(tmp_path, monkeypatch, point, left):
+    """The renames: meta.json, two shards, the validation shard, the last shard.
+
+    When the command is repeated, a file that has its whole shard is not read again.
+    """
+    out, whole, real, calls, read = tmp_path / "o", tmp_path / "w", os.replace, [], []
+    paths = three_files(tmp_path)
+    prepare(whole, paths)
+
+    def killed(source, target):
+        calls.append(target)
+        if len(calls) > point:
+            raise Killed
+        real(source, target)
 
     def recorded(path):
-        read.append(path)
-        return data.read_openwebtext(path)
+        read.append(path.stem)
+        return data.read_text(path)
 
-    for point in range(5):  # meta.json, two files, the validation shard and the last file
-        out, calls = tmp_path / f"killed{point}", itertools.count()
-
-        def replace(source, target, calls=calls, point=point):
-            if next(calls) == point:
-                raise Killed
-            real(source, target)
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(data.os, "replace", replace)
-            prepare(out, "openwebtext", paths, val_docs=7)
-        refused("is missing|no train tokens", data.Blocks, out, "train", 10)
-        prepare(out, "openwebtext", paths, val_docs=7, read=recorded)
-        assert contents(out) == contents(tmp_path / "whole"), point
-        assert read == paths[[0, 0, 1, 2, 2][point] :], point
-        read.clear()
-    os.truncate(out / "train_001.bin", 1500)  # what is damaged later is made again, nothing else
-    prepare(out, "openwebtext", paths, val_docs=7, read=recorded)
-    assert contents(out) == contents(tmp_path / "whole") and read == paths[1:2]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed)
+        prepare(out, paths)
+    refused("is missing|no train tokens", data.Blocks, out, "train", 10)
+    prepare(out, paths, read=recorded)
+    assert contents(out) == contents(whole) and read == [*left]
+    os.truncate(out / "train_001.bin", 1100)
+    prepare(out, paths, read=recorded)
+    assert contents(out) == contents(whole) and read == [*left, "b"]
 
 
-def test_data_of_other_settings_is_refused_and_of_a_mistake_mended(tmp_path):
-    one, two, out = tmp_path / "one.txt", tmp_path / "two.txt", tmp_path / "o"
-    one.write_text("a\n\nb\n\nc")
-    two.write_bytes(b"caf\xe9")
-    refused("two.txt is not UTF-8", prepare, out, "text", [two])
-    two.write_text("mended")  # no shard depended on it
-    refused("1 documents, none left.*--val_docs", prepare, out, "text", [one, two], val_docs=1)
-    refused("another source", prepare, out, "text", [two, one])
-    prepare(out, "text", [one, two])
+def test_data_of_another_source_is_refused_and_kept(tmp_path):
+    path, out = tmp_path / "a.txt", tmp_path / "o"
+    path.write_text("a\n\nb\n\nc")
+    prepare(out, [path])
     before = contents(out)
-    for change in (dict(val_docs=6), dict(tokenizer="toy"), dict(files=[one])):
-        refused("another source", prepare, out, "text", **dict(files=[one, two]) | change)
-    one.write_text("A\n\nb\n\nc")  # of the same name and size
-    refused("another source", prepare, out, "text", [one, two])
+    refused("another source", prepare, out, [path], tokenizer="toy")
+    path.write_text("A\n\nb\n\nc")  # of the same name and size
+    refused("another source", prepare, out, [path])
     assert contents(out) == before
 
 
-def test_data_is_downloaded_file_by_file_and_again_if_damaged(tmp_path, monkeypatch):
-    out, seen, real = tmp_path / "o", [], urllib.request.urlopen
-    paths, whole = [tmp_path / "s0.tar", tmp_path / "s1.tar"], archive(texts_of(20))
-    for path in paths:
-        path.write_bytes(whole)
-    prepare(tmp_path / "local", "openwebtext", paths, val_docs=3)
-    urls = [path.as_uri() for path in paths]  # file:// has no server
-
-    def fetch(url, *more):
-        seen.append(sorted(contents(out)))
-        answer = real(url, *more)
-        if len(seen) == 2:
-            answer.headers.replace_header("Content-Length", "9999999")  # more than will arrive
-        return answer
-
-    monkeypatch.setattr(urllib.request, "urlopen", fetch)
-    refused("s1.tar.*got only.*run again", prepare, out, "openwebtext", urls, val_docs=3)
-    (out / "download_s1.tar.tmp").unlink()
-    paths[1].write_bytes(whole[:1000])
-    refused("damaged.*run again to fetch it again", prepare, out, "openwebtext", urls, val_docs=3)
-    (out / "train_001.bin.tmp").unlink()
-    paths[1].write_bytes(whole)
-    for _ in range(2):  # once it is complete, the network is not asked
-        prepare(out, "openwebtext", urls, val_docs=3)
-    assert seen == [["meta.json"]] + [["meta.json", "train_000.bin"]] * 3
-    same = {"meta.json": b"names the URLs"}
-    assert contents(out) | same == contents(tmp_path / "local") | same
+def test_data_is_downloaded_again_if_damaged_and_never_if_complete(tmp_path):
+    path, out = tmp_path / "s0.tar", tmp_path / "o"
+    download = partial(prepare, out, [path.as_uri()], "openwebtext", val_docs=3)  # no server needed
+    refused("cannot download.*run again", download)
+    path.write_bytes(archive(TEXTS * 9)[:1000])
+    refused("s0.tar is damaged.*run again to fetch it again", download)
+    path.write_bytes(archive(TEXTS * 9))
+    download()
+    path.unlink()
+    download()
+    assert len(stream(out, "val")) == sum(len(text.encode()) + 1 for text in TEXTS)
 
 
-def test_data_command_line_errors_are_one_line_and_change_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("two.txt").write_text("one\n\ntwo\n")
-    for precious in map(Path, ("foreign/train_000000.bin", "other/meta.json")):
-        precious.parent.mkdir()
-        precious.write_bytes(b"precious")
-    for command, message in {
-        "--val_doc 3": "--val_doc",
-        "toy two.txt --val_docs 3": "leave out files, val_docs",
-        "foreign": "'foreign' is no file",
-        "two.txt --tokenizer toy": "two.txt, document 1: the toy tokenizer has no word 'one'",
-        "two.txt --tokenizer bytes --out two.txt": "two.txt is a file: choose another --out",
-        "two.txt --tokenizer bytes --out foreign": "another source",
-        "two.txt --tokenizer bytes --out other": "meta.json is damaged or not made by data.py",
-    }.items():
-        with pytest.raises(SystemExit) as stopped:
-            data.run(partial(data.main, command.split()))
-        lines = re.split(r"[\r\n]+", capsys.readouterr().err)
-        errors = [line for line in lines if line.startswith("error: ")]
-        assert stopped.value.code == 2 and len(errors) == 1 and errors[0] == lines[-2], command
-        assert message in errors[0], command
-    assert contents("foreign") == {"train_000000.bin": b"precious"}
-    assert contents("other") == {"meta.json": b"precious"}
-    assert Path("two.txt").read_text() == "one\n\ntwo\n"
-
-
-def test_data_command_line_makes_data_and_never_makes_it_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("my text.txt").write_text("\n\n".join("abcdefghijklmnopqrst"))
-    made = []
-    for _ in range(2):
-        data.main([])
-        data.main(["my text.txt", "--tokenizer", "bytes"])
-        made.append({path: path.stat().st_mtime_ns for path in Path("data").rglob("*")})
-    assert made[0] == made[1]
-    shown = capsys.readouterr().out
-    assert "380,000 toy tokens to train" in shown and "36 bytes tokens to train" in shown
-    assert "next: python train.py --data 'data/my text' --block_size" in shown
-    assert "lopsided" not in shown
-    data.main(["my text.txt", "--tokenizer", "bytes", "--val_docs", "19", "--out", "most"])
-    assert "lopsided" in capsys.readouterr().out
-
-
-def test_data_run_turns_mistakes_into_a_line_and_hides_no_fault(tmp_path, monkeypatch, capsys):
-    def fail(error):
-        def main():
-            raise error
-
-        with pytest.raises(SystemExit) as stopped:
-            data.run(main)
-        return stopped.value.code, capsys.readouterr().err
-
-    assert fail(ValueError("many\n  lines")) == (2, "error: many lines\n")
-    assert fail(PermissionError(13, "no", "a/b")) == (2, "error: no: a/b\n")
-    assert fail(KeyboardInterrupt()) == (130, "\ninterrupted\n")
-    with pytest.raises(RuntimeError, match="shapes"):
-        fail(RuntimeError("shapes do not match"))
-
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    data.run(partial(print, "é кот"))
-    assert terminal.buffer.getvalue() == "é ???\n".encode("cp1252")
-
-    read, write = os.pipe()
-    os.close(read)  # as `head` does when it has seen enough
-    monkeypatch.setattr(sys, "stdout", open(write, "w"))
-    with pytest.raises(SystemExit, match="141"):
-        data.run(partial(print, "to nobody"))
-    sys.stdout.close()
-
-
-def test_data_json_is_replaced_whole(tmp_path, monkeypatch):
-    path, link = tmp_path / "new" / "a.json", tmp_path / "link.json"
-    link.symlink_to(path)
-    data.write_json(link, [1])
-    assert json.loads(path.read_text()) == [1] and link.is_symlink()
-    written, real = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda old, new: (written.append(old), real(old, new)))
-    for process in (1, 2):  # two at once
-        monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        data.write_json(path, process)
-    assert len(set(written)) == 2 and list(contents(path.parent)) == ["a.json"]
-    refused("a folder or a device", data.write_json, tmp_path, [1])  # such as /dev/null
-
-
-def test_data_progress_writes_little_into_a_log(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    bar = data.progress(total=1000)
-    # A clock that advances a second a call, so that no test has to wait.
-    bar._time, bar.last_print_t, bar.start_t = itertools.count().__next__, 0, 0
-    for _ in range(1000):
-        bar.update()
-    assert 1 < len(sys.stderr.getvalue()) < 20_000
+def test_data_run_hides_no_fault():
+    with pytest.raises(KeyError):
+        data.run({}.popitem)
 
 
 # ------------ 3. The scripts, as a user meets them ------------------------------------------------
@@ -1322,12 +1100,7 @@ SHORT = "--batch_size 8 --max_steps 6 --warmup_steps 2 --eval_blocks 16 "
 SHORT += "--log_every 1 --save_every 2"
 SMALL = f"{SHORT} --n_layer 1 --n_embd 16 --n_head 2 --dropout 0.1"
 FRESH = f"train.py --data data/small --out new {SMALL}"
-AGAIN = f"{FRESH} --out out/toy --overwrite"
 RESUME = "train.py --resume --out out/toy"
-LONGER = f"{RESUME} --max_steps 8"
-SETTINGS = Path("out/toy/settings.json")
-WATCH = "sample.py --out out/bytes --energy none --steps 100 --num 2 --watch"
-STORY = next(iter(data.toy_language()))
 TEXT = "the cat sat on the mat, and the dog sat on the log. it was warm; nobody moved.\n\n"
 
 
@@ -1338,7 +1111,7 @@ def call(command):
     """
     script, *argv = shlex.split(command)
     main = {"train.py": train.main, "sample.py": sample.main, "data.py": data.main}[script]
-    if script != "data.py" and "--device" not in argv:
+    if script != "data.py":
         argv += ["--device", "cpu"]
     try:
         data.run(partial(main, argv))
@@ -1354,8 +1127,7 @@ def runs(tmp_path_factory):
     with contextlib.chdir(folder):
         Path("text.txt").write_text(TEXT * 20)
         data.make_toy("data/small", n_train=36, n_val=16)  # 4 steps an epoch, 4 blocks over
-        data.make_toy("data/other", n_train=36, n_val=16, seed=1)
-        prepare("data/bytes", "text", ["text.txt"])
+        prepare("data/bytes", ["text.txt"])
         assert call(f"{FRESH} --out out/toy") == 0
         assert call(f"{FRESH} --out out/bytes --data data/bytes --block_size 32") == 0
     return folder
@@ -1378,15 +1150,10 @@ def saved(out, stage):
     """All that a stage wrote, but for the speeds in its log."""
     content = torch.load(f"{out}/{stage}.pt", weights_only=True)
     del content["training"]["log_bytes"]
-    rows = map(json.loads, Path(out, f"{stage}.jsonl").read_text().splitlines())
-    content["log"] = [{k: row[k] for k in row if k != "tokens_per_second"} for row in rows]
+    content["log"] = [json.loads(line) for line in open(f"{out}/{stage}.jsonl")]
+    for row in content["log"]:
+        row.pop("tokens_per_second", None)
     return content
-
-
-def same(out, other, stage):
-    """Whether two runs wrote the same, to the bit. Not compared as texts: a megabyte each."""
-    a, b = (json.dumps(saved(x, stage), default=torch.Tensor.tolist) for x in (out, other))
-    return hash(a) == hash(b)
 
 
 def refuses(capsys, command, words):
@@ -1400,202 +1167,123 @@ def refuses(capsys, command, words):
     assert before == snapshot()
 
 
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("data.py nothing.txt", "'nothing.txt' is no file"),
+        ("data.py text.txt --tokenizer bytes --out data/small", "another source"),
+        ("train.py --stepz 4", "--stepz"),
+        (f"{FRESH} --lr nan", "--lr must be from 0"),
+        (f"{FRESH} --data nothing", "no train tokens in nothing: run `python data.py"),
+        (f"{FRESH} --stage energy", "no checkpoint new/denoiser.pt: run python train.py"),
+        (f"{FRESH} --out out/toy --stage ar", "ar.pt exists: --resume, --overwrite, or"),
+        (f"{RESUME} --stage ar --data data/bytes", "ar.pt was made with tokenizer toy, not bytes"),
+        (f"{RESUME} --max_steps 8", "energy.pt corrects this denoiser as it is"),
+        ("sample.py --energy nse", "choose none, ar, coar, nce, exact or hf:NAME"),
+        ("sample.py --judge gpt2", "pip install transformers"),
+        (f"sample.py --prompt 'ben{' has' * 19}'", "prompt has 20 tokens, 19 fit"),
+        ("sample.py --eval --data data/bytes", "holds bytes tokens, out/toy needs toy"),
+        ("sample.py --eval --n 4 --k 8", "at least 2 and as many as --k"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_change_nothing(here, capsys, command, words):
+    refuses(capsys, command, words)
+
+
+def test_train_and_sample_refuse_damaged_files_and_other_denoisers(here, capsys):
+    for path in ("out/bytes/denoiser.pt", "out/bytes/settings.json"):
+        os.truncate(path, os.path.getsize(path) // 2)
+        refuses(capsys, "train.py --resume --out out/bytes", f"{path} is damaged")
+    assert call(f"{FRESH} --out out/toy --overwrite --stage denoiser --seed 1") == 0
+    refuses(capsys, f"{RESUME} --stage energy --max_steps 8", "energy.pt was made with denoiser")
+    refuses(capsys, "sample.py --energy nce", "energy.pt corrects another denoiser")
+
+
 FULL = OSError(28, "No space left on device")
 
 
-def interrupted(command, module, name, n, act, environment):
-    """Runs a command. The n-th call of module.name first sends signals to itself, or fails."""
+def interrupted(command, where, n, act):
+    """Runs a command whose n-th call of `where` first sends a signal to itself, or fails."""
     torch.set_num_threads(1)  # as many as in the test, so that sums are the same to the bit
+    module, name = where.split(".")
     module = sys.modules[module]
-    real, calls = getattr(module, name), []
+    real, calls = getattr(module, name), itertools.count(1)
 
     def patched(*args):
-        calls.append(args)
-        if len(calls) == n and isinstance(act, OSError):
-            raise act
-        if len(calls) == n:
-            for number in act:
-                os.kill(os.getpid(), number)
+        if next(calls) == n:
+            if isinstance(act, OSError):
+                raise act
+            os.kill(os.getpid(), act)
         return real(*args)
 
-    os.environ.update(environment)
     setattr(module, name, patched)
-    handlers = [signal.getsignal(number) for number in (2, 15)]
-    code = call(command)
-    sys.exit(code if handlers == [signal.getsignal(number) for number in (2, 15)] else 99)
+    sys.exit(call(command))
 
 
-def start(command, module, name, n, act, **environment):
+def start(*arguments):
     """A process that does the above. With a GPU, torch's threads would not survive a fork."""
     context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    arguments = command, module.__name__, name, n, act, environment
     process = context.Process(target=interrupted, args=arguments)
     process.start()
     return process
 
 
 class TestTrain:
-    """train.py as its user meets it: mistakes, settings, exact resume, processes, logs."""
+    """train.py as its user meets it: settings, exact resume, processes, logs."""
 
-    @pytest.mark.parametrize(
-        "command, words",
-        [
-            (f"{FRESH} --stepz 4", "--stepz"),
-            (f"{FRESH} --lr nan", "--lr must be from 0"),
-            (f"{FRESH} --resume --overwrite", "--resume continues a run"),
-            (f"{FRESH} --data nothing", "no train tokens in nothing: run `python data.py"),
-            (f"{FRESH} --out text.txt", "text.txt"),
-            (f"{FRESH} --stage energy", "no checkpoint new/denoiser.pt: run python train.py"),
-            (f"{FRESH} --out out/toy --stage ar", "ar.pt exists: --resume, --overwrite, or"),
-            (f"{AGAIN} --micro_batch 3", "not a multiple of micro_batch 3"),
-            (f"{AGAIN} --stage energy --dropout 0.3", "denoiser.pt was made with dropout 0.1"),
-            (f"{LONGER} --stage ar --data data/other", "ar.pt was made with corpus"),
-            (LONGER, "energy.pt corrects this denoiser as it is"),
-        ],
-    )
-    def test_mistakes_end_in_one_line(self, here, capsys, command, words):
-        refuses(capsys, command, words)
-
-    @pytest.mark.parametrize(
-        "path, size, commands",
-        [
-            ("data/small/train_000.bin", 500, [FRESH, AGAIN]),
-            ("out/toy/denoiser.pt", 5000, ["sample.py --energy none", LONGER]),
-            ("out/toy/settings.json", 20, [RESUME]),
-        ],
-    )
-    def test_cut_files_are_refused(self, here, capsys, path, size, commands):
-        os.truncate(path, size)
-        for command in commands:
-            refuses(capsys, command, f"{path} is (missing or )?damaged")
-
-    def test_an_energy_needs_its_own_denoiser(self, here, capsys):
-        assert call(f"{AGAIN} --stage denoiser --seed 1") == 0
-        again = "energy.pt (was made with|corrects another) denoiser.*--overwrite"
-        for command in ("sample.py --energy nce", f"{LONGER} --stage energy"):
-            refuses(capsys, command, again)
-
-    def test_settings_of_the_run_are_kept_and_flags_win(self, here, capsys):
+    def test_settings_of_the_run_are_kept_and_flags_win(self, here):
         before, log = snapshot(), saved("out/toy", "ar")["log"]
         assert call(RESUME) == 0 and snapshot() == before  # all is finished
         assert call(f"{RESUME} --stage ar --max_steps 8 --lr 0.001") == 0
-        longer, settings = saved("out/toy", "ar")["log"], json.loads(SETTINGS.read_text())
-        assert longer[: len(log)] == log and [row["step"] for row in longer[len(log) :]] == [
-            7,
-            8,
-            8,
-        ]
-        changed = dict(denoiser_steps=8, ar_steps=8, energy_steps=8, lr=0.001)
-        assert settings == json.loads(before[SETTINGS]) | changed
-        assert settings.keys() == {f.name for f in fields(train.Settings)}
-        # a stage that is trained later, or anew, has the shape of the denoiser
-        assert call("train.py --stage energy --overwrite --out out/toy") == 0
-        edlm.load_models("out/toy", edlm.KINDS)  # fit together
-        # killed before its first checkpoint, a new run must not go on as the old one
-        start(f"{AGAIN} --lr 0.002", train, "save", 1, [9]).join()
-        assert not list(Path("out/toy").glob("*.pt"))
-        assert json.loads(SETTINGS.read_text())["lr"] == 0.002
-        _, s = train.parse(["--out", "out/toy"])
-        assert s.lr == train.PRESETS["toy"]["lr"]  # begun anew, it owes nothing to the killed one
-
-    def test_the_table_has_the_last_validation_losses(self, here, capsys):
-        """Which are of the saved weights, and of the same masks every time."""
-        assert call(RESUME) == 0
-        table, blocks = capsys.readouterr().out, data.Blocks("data/small", "val", 21)
-        models, _ = edlm.load_models("out/toy", ["denoiser", "ar"])
-        torch.manual_seed(0)
-        with torch.no_grad():
-            x0 = torch.stack(list(blocks))
-            bound = edlm.nelbo(models["denoiser"], x0, mask_id=35).mean().item() / 20
-            exact = -models["ar"].log_prob(x0).sum(dim=1).mean().item() / 20
-        floor = data.toy_entropy() / 20
-        for name, nats in (("MDLM (bound)", bound), ("AR", exact), ("language (floor)", floor)):
-            shown = re.search(
-                rf"^{re.escape(name)} +([\d.]+)(?: \+- [\d.]+)? +([\d.]+)$", table, re.M
-            )
-            values = [float(value) for value in shown.groups()]
-            assert values == pytest.approx([nats, math.exp(nats)], abs=6e-4), table
+        longer, path = saved("out/toy", "ar")["log"], Path("out/toy/settings.json")
+        assert longer[: len(log)] == log
+        assert [row["step"] for row in longer[len(log) :]] == [7, 8, 8]
+        settings = json.loads(before[path])
+        settings.update(denoiser_steps=8, ar_steps=8, energy_steps=8, lr=0.001)
+        assert settings == json.loads(path.read_text())
 
     @pytest.mark.parametrize(
-        "stage, name, n, act, ends, words",
+        "stage, where, n, act, ends, words",
         [
-            ("energy", "torch.save", 2, [signal.SIGKILL], -9, ""),
-            ("denoiser", "train.train_step", 4, [signal.SIGINT], 130, "--resume --out new"),
+            ("energy", "torch.save", 2, signal.SIGKILL, -9, ""),
+            ("denoiser", "train.train_step", 4, signal.SIGINT, 130, "--resume --out new"),
             ("ar", "torch.save", 2, FULL, 2, "could not write .*No space left"),
         ],
     )
     def test_stopped_and_resumed_is_bit_identical(
-        self, here, capfd, stage, name, n, act, ends, words
+        self, here, capfd, stage, where, n, act, ends, words
     ):
         shutil.copytree("out/toy", "new")
         Path(f"new/{stage}.pt").unlink()
-        module, function = name.split(".")
-        command = f"{FRESH} --stage {stage}"
-        process = start(command, dict(torch=torch, train=train)[module], function, n, act)
+        process = start(f"{FRESH} --stage {stage}", where, n, act)
         process.join()
         assert process.exitcode == ends and re.search(words, capfd.readouterr().err)
         assert ends == -9 or not list(Path("new").glob("*.tmp"))
         with open(f"new/{stage}.jsonl", "a") as log:
             log.write('{"step": 5, "tok')  # half a row, as a buffer would leave
         assert call(f"train.py --resume --out new --stage {stage}") == 0
-        assert same("new", "out/toy", stage)
-
-    def test_one_command_begins_a_run_and_goes_on(self, here, capfd):
-        """Stopped by SIGTERM in its second stage, with times that say the opposite."""
-        command = f"{FRESH} --resume"
-        process = start(command, train, "train_step", 9, [signal.SIGTERM, signal.SIGTERM])
-        process.join()
-        assert process.exitcode == 143 and "--resume --out new" in capfd.readouterr().err
-        assert saved("new", "ar")["training"]["step"] == 3
-        os.utime("new/denoiser.pt")
-        assert call(command) == 0
-        assert all(same("new", "out/toy", stage) for stage in train.STAGES)
-
-    def test_a_second_ctrl_c_ends_a_validation_at_once(self, here, capfd):
-        process = start(FRESH, train, "validate", 2, [signal.SIGINT, signal.SIGINT])
-        process.join()
-        assert process.exitcode == 130 and "interrupted" in capfd.readouterr().err
-        assert saved("new", "denoiser")["training"]["step"] == 2  # not 4, where it was
-
-    def test_trains_outside_the_main_thread(self, here):
-        thread = threading.Thread(target=train.main, args=[shlex.split(FRESH)[1:]])
-        thread.start()
-        thread.join()
-        for stage in train.STAGES:  # sums may be cut into other parts there
-            rows = zip(saved("new", stage)["log"], saved("out/toy", stage)["log"], strict=True)
-            assert all(row == pytest.approx(other, rel=1e-3) for row, other in rows)
+        resumed, whole = (saved(out, stage) for out in ("new", "out/toy"))
+        dump = partial(json.dumps, default=torch.Tensor.tolist)
+        assert hash(dump(resumed)) == hash(dump(whole))  # pytest would print a megabyte of texts
 
     def test_a_run_that_diverges_keeps_its_checkpoint(self, here, capsys, monkeypatch):
         content, real = Path("out/toy/ar.pt").read_bytes(), train.training_loss
         monkeypatch.setattr(train, "training_loss", lambda *args: real(*args) * math.nan)
-        assert call(f"{LONGER} --stage ar") == 2
+        assert call(f"{RESUME} --max_steps 8 --stage ar") == 2
         assert "nan at step 7; the last checkpoint is kept" in capsys.readouterr().err
         assert Path("out/toy/ar.pt").read_bytes() == content
 
-    def test_two_processes_do_what_one_does_and_stop_together(self, here):
-        """SIGTERM for one of them: both stop after the same step, one saves, and they go on as one.
+    def test_two_processes_do_what_one_does(self, here):
+        """They add up in another order, so their numbers differ by rounding.
 
-        Sums are in another order than in one: with 6e-8 for each of at most B L d = 2,700 terms,
-        2e-4 of their sizes. 2e-3 is allowed, as they cancel; other masks, or no division by 2, make
-        1e-2.
+        That is 6e-8 for each of B L d = 2,700 terms at most, 2e-4 of their sizes; 2e-3 is allowed,
+        as they cancel. Other masks, or no division by 2, make 1e-2.
         """
         command = f"{FRESH} --optimizer adamw --lr 0.001 --energy_lr 0.001 --micro_batch 2"
         assert call(f"{command} --out one") == 0
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE="2")
-        shared |= dict(TORCHELASTIC_USE_AGENT_STORE="True")  # as torchrun does
-        both = [
-            start(command, train, "train_step", 3 - r, [15] * r, RANK=str(r), **shared)
-            for r in range(2)
-        ]
-        for process in both:
-            process.join(120)
-            process.kill()  # if it waits for the other
-        assert [process.exitcode for process in both] == [143, 143]
-        assert saved("new", "denoiser")["training"]["step"] == 2
-        two = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
-        resume = shlex.split(f"{two} {ROOT}/train.py --resume --out new --device cpu")
-        ended = subprocess.run(resume, capture_output=True, text=True)
+        torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2"
+        argv = shlex.split(f"{torchrun} {ROOT}/{command} --device cpu")
+        ended = subprocess.run(argv, capture_output=True, text=True)
         assert ended.returncode == 0 and ended.stdout.count("perplexity") == 1, ended.stderr
         for stage in train.STAGES:  # the last row is the validation loss of the final weights
             rows = zip(saved("one", stage)["log"], saved("new", stage)["log"], strict=True)
@@ -1605,10 +1293,8 @@ class TestTrain:
         "stage, guessing, peak", [("ar", math.log(35), "lr"), ("energy", 2 * BIT, "energy_lr")]
     )
     def test_rows_of_the_log(self, here, stage, guessing, peak):
-        rows = [json.loads(line) for line in open(f"out/toy/{stage}.jsonl")]
+        rows = saved("out/toy", stage)["log"]
         steps = [row for row in rows if "loss" in row]
-        keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"}
-        assert all(row.keys() == keys for row in steps)
         assert [row["step"] for row in rows if "val_loss" in row] == [2, 4, 6]
         assert [row["tokens"] for row in steps] == [step * 8 * 21 for step in range(1, 7)]
         assert steps[0]["loss"] == pytest.approx(guessing, rel=0.05)
@@ -1617,10 +1303,18 @@ class TestTrain:
         lr = [share * train.PRESETS["toy"][peak] for share in shape]
         assert [row["lr"] for row in steps] == pytest.approx(lr)
 
-    def test_averages_of_weights_and_micro_batches(self, here, monkeypatch):
+    @torch.no_grad()
+    def test_the_table_has_the_validation_loss_of_the_saved_weights(self, here, capsys):
+        assert call(RESUME) == 0
+        line = re.search(r"^AR +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.M)
+        ar, _ = edlm.load_checkpoint("out/toy/ar.pt")
+        x0 = torch.stack(list(data.Blocks("data/small", "val", 21)))
+        nats = -ar.log_prob(x0).sum(dim=1).mean().item() / 20
+        shown = [float(value) for value in line.groups()]
+        assert shown == pytest.approx([nats, math.exp(nats)], abs=6e-4)
+
+    def test_averages_of_weights_and_micro_batches(self, here):
         """The average is decay * average + (1 - decay) * weights, decay = min(ema, n / (9 + n))."""
-        seeds, real = set(), torch.manual_seed
-        monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.add(seed), real(seed)))
         average, argv = None, f"{FRESH} --stage ar --lr_schedule constant --ema 0.15 --dropout 0"
         for n in range(3):
             assert call(f"{argv} --max_steps {n + 1}" + " --resume" * (n > 0)) == 0
@@ -1632,9 +1326,6 @@ class TestTrain:
         assert call(f"{argv} --max_steps 3 --micro_batch 2 --out cut") == 0
         rows = [saved(out, "ar")["log"][-2] for out in ("cut", "new")]
         assert rows[0] == pytest.approx(rows[1], rel=1e-3)
-        assert (
-            len([seed for seed in seeds if seed > 2**32]) == 3 * 4
-        )  # each micro-batch has its own
 
     @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 128)])
     def test_muon_is_torchs_but_for_rounding(self, shape):
@@ -1657,11 +1348,12 @@ class TestTrain:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
     @pytest.mark.parametrize("compile", ["no", "yes"])
     def test_cuda_trains_resumes_samples_and_scores(self, here, compile):
-        resume = f"train.py --resume --out new --stage ar --max_steps 5 --compile {compile}"
-        commands = [f"{FRESH} --max_steps 3 --compile {compile}", resume]
-        commands += ["sample.py --out new --num 2"]
-        commands += ["sample.py --eval --out new --data data/small --steps 2 --k 2 --n 4"]
-        for command in commands:
+        for command in [
+            f"{FRESH} --max_steps 3 --compile {compile}",
+            f"train.py --resume --out new --stage ar --max_steps 5 --compile {compile}",
+            "sample.py --out new --num 2",
+            "sample.py --eval --out new --data data/small --steps 2 --k 2 --n 4",
+        ]:
             argv = [sys.executable, *shlex.split(f"{ROOT}/{command}")]
             ended = subprocess.run(argv, capture_output=True, text=True)
             assert ended.returncode == 0, ended.stderr
@@ -1679,28 +1371,22 @@ def figures(command):
 
 @pytest.mark.parametrize("energy", ["none", "ar", "coar", "nce", "exact"])
 def test_sample_figures_of_every_energy(here, capsys, monkeypatch, energy):
-    texts = Counter()  # that went through each network
-    calls = {
-        edlm.Denoiser: "forward",
-        edlm.ARResidual: "__call__",
-        edlm.NCEResidual: "forward",
-        edlm.AutoregressiveLM: "logits",
-    }
-    for cls, name in calls.items():
+    read, real = Counter(), edlm.Transformer.forward
 
-        def counted(self, x, *args, cls=cls, real=getattr(cls, name)):
-            texts[cls] += x[..., 0].numel()
-            return real(self, x, *args)
+    def counted(self, h, caches=None):
+        read[self] += len(h)
+        return real(self, h, caches)
 
-        monkeypatch.setattr(cls, name, counted)
+    monkeypatch.setattr(edlm.Transformer, "forward", counted)
     monkeypatch.setattr(data, "toy_is_valid", lambda text: len(text) % 2 == 0)
     (row,) = figures(f"sample.py --energy {energy} --num 6 --steps 4 --k 3 --window 0.5").values()
-    assert row["passes_in_all"] == pytest.approx(texts.total() / 6)
-    judged = texts.total() - texts[edlm.Denoiser] if energy in sample.ENERGIES else 0
-    in_turn = texts.total() - judged + judged / 3  # three candidates side by side are one pass
+    in_all = read.total() - 6  # texts that a network read, but for the AR perplexity
+    assert row["passes_in_all"] == pytest.approx(in_all / 6)
+    drafted = next(iter(read.values()))  # by the denoiser, which is always the first
+    judged = in_all - drafted if energy in sample.ENERGIES else 0
+    in_turn = in_all - judged + judged / 3  # three candidates side by side are one pass
     assert row["passes_in_turn"] == pytest.approx(in_turn / 6) and row["passes_in_turn_error"] >= 0
     assert 1 <= row["ess"] < 3.01 if judged else row["ess"] is None
-    assert ("acceptance" in row) == (energy == "exact")
     if energy == "exact":  # behind the denoiser's pass, all AR passes but the last find a refusal
         refused = 20 * (1 - row["acceptance"])
         assert row["passes_in_turn"] - 2 <= refused <= row["passes_in_turn"] - 1
@@ -1724,130 +1410,51 @@ def test_sample_figures_of_every_energy(here, capsys, monkeypatch, energy):
         assert f"[{'ok' if valid else 'broken'}]" in re.search(f".*{re.escape(text)}", shown)[0]
 
 
-def test_sample_default_compare_and_seeds(here, capsys):
+def test_sample_settings_and_seeds_decide_what_is_drawn(here):
     default, nce = figures("sample.py --num 4"), "EDLM-NCE T=2 k=16"
-    assert list(default) == ["MDLM T=2", nce] and "seconds_alone" not in default[nce]
+    assert list(default) == ["MDLM T=2", nce]
     for flag in ("--window 0.5", "--schedule cosine"):
         changed = figures(f"sample.py --num 4 --energy nce {flag}")
         assert changed[nce]["tokens"] != default[nce]["tokens"]
-    capsys.readouterr()
     command = "sample.py --compare --steps 2,inf --k 2,3 --num 2 --seed"
     rows, again, other = (figures(f"{command} {seed}") for seed in (3, 3, 4))
-    shown = capsys.readouterr().out
     for name, row in rows.items():
         assert row["tokens"] == again[name]["tokens"] != other[name]["tokens"]
-        assert row["seconds_alone"] > 0 and re.search(rf"^{re.escape(name)} .* \+- ", shown, re.M)
     assert rows["AR"]["passes_in_turn"] == rows["MDLM T=inf"]["passes_in_turn"] == 20
-    assert rows["MDLM T=inf"]["steps"] is None and rows["MDLM T=inf"]["k"] is None
-    assert rows["AR"]["texts"][0] not in shown
-    # the same names in the table of bounds
-    scored = set(figures("sample.py --eval --data data/small --steps 2,inf --k 2,3 --n 4"))
-    joint = {name for name in scored if "joint" in name}
-    assert scored - joint == {*rows, "MDLM", "language (floor)"}
-    # a single text has no standard error, a denoiser alone no energy
-    for stage in ("ar", "energy"):
-        Path(f"out/toy/{stage}.pt").unlink()
-    (row,) = figures("sample.py --num 1 --steps 500").values()
-    assert row["name"] == "MDLM T=500" and 15 < row["passes_in_turn"] <= 20
-    assert row["entropy_error"] is None
+    Path("out/toy/ar.pt").unlink()
+    Path("out/toy/energy.pt").unlink()
+    assert list(figures("sample.py --num 1")) == ["MDLM T=2"]
 
 
-def test_sample_keeps_what_is_given(here, capsys):
+def test_sample_keeps_what_is_given(here):
     tokenizer = data.get_tokenizer("toy")
-    commands = {
-        "--model ar --prompt 'ben has a red'": "ben has a red",
-        "--steps 3 --prompt 'ben has a red '": "ben has a red",  # red carries no space behind it
-        "--energy exact --infill 'ben has ___ red'": "ben has ? red",
-        "--infill 'ben ____*2 red'": "ben ? ? red",
-        "--infill '___ has a ___ '": "? has a ?",
-    }
-    for command, given in commands.items():
-        prompt = "--prompt" in command
+    for command, given, length in [
+        ("--model ar --prompt 'ben has a red'", "ben has a red", 21),
+        ("--prompt 'ben has a red '", "ben has a red", 21),  # red carries no space behind it
+        ("--energy exact --infill 'ben has ___ red'", "ben has ? red", 6),
+        ("--infill 'ben ____*2 red'", "ben ? ? red", 6),
+    ]:
         for row in figures(f"sample.py --num 3 {command}").values():
             for tokens in row["tokens"]:
                 words = [data.decode(tokenizer, [token]).strip() for token in tokens[1:5]]
                 assert all(a in ("?", b) for a, b in zip(given.split(), words, strict=True))
-                assert len(tokens) == (21 if prompt else 6) and max(tokens) < tokenizer.n_vocab
-        shown = capsys.readouterr().out
-        assert ("[broken]" in shown) == ("valid" in shown) == prompt  # else there is no verdict
-    (row,) = figures("sample.py --out out/bytes --energy none --infill 'the ___*3 sat'").values()
-    assert all(x[1:5] == [*b"the "] and x[8:-1] == [*b" sat"] for x in row["tokens"])
-
-
-def test_sample_batches_fit_into_memory(here, monkeypatch):
-    monkeypatch.setattr(sample, "BATCH_BYTES", {"cpu": 2**18})
-    for out, num in (("out/toy", 300), ("out/bytes", 60)):  # large hidden states, large logits
-        with Largest() as largest:
-            assert call(f"sample.py --out {out} --energy none --steps 1 --num {num}") == 0
-        assert 2**12 < 4 * largest.numbers <= 2**18
-
-
-def test_sample_shows_a_substitute_and_writes_first(here, monkeypatch):
-    """On a terminal of another encoding. What was drawn is on the disk even if showing it fails."""
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    (row,) = figures("sample.py --out out/bytes --energy none --num 2").values()
-    terminal.flush()
-    assert "\ufffd" in "".join(row["texts"]) and b"?" in terminal.buffer.getvalue()
-    Path("rows.json").unlink()
-    monkeypatch.setattr(sample, "printable", None)
-    with pytest.raises(TypeError):
-        call("sample.py --num 2 --energy none --json rows.json")
-    assert len(json.loads(Path("rows.json").read_text())["rows"]) == 1
-
-
-def test_sample_watch_prints_lines_or_redraws_in_place(here, capfd, monkeypatch):
-    assert call(WATCH) == 0
-    shown = capfd.readouterr().out
-    assert all(c.isprintable() for c in shown.replace("\n", ""))  # a byte model draws any byte
-    states = re.split(r"^t = ", shown, flags=re.M)[1:]
-    times = [float(state.split()[0]) for state in states]
-    assert times == sorted(times, reverse=True) and times[0] == 1 and len(times) > 3
-    assert states[0].count("_") == 31
-    # on a terminal of 20 columns, with Ctrl-C seconds before the end
-    monkeypatch.setenv("COLUMNS", "20")
-    received = b""
-
-    def read(terminal):
-        nonlocal received
-        before, received = received, received + os.read(terminal, 4096)
-        if before.count(b"t = ") < 3 <= received.count(b"t = "):
-            os.write(terminal, b"\x03")
-        return received[len(before) :]
-
-    status = pty.spawn([sys.executable, str(ROOT / "sample.py"), *shlex.split(WATCH)[1:]], read)
-    assert os.waitstatus_to_exitcode(status) == 130
-    first, *states = re.split(r"\x1b\[(\d+)F\x1b\[J", received.decode())
-    states = [first.split("\x1b[J")[1], *states]  # state, how far back over it, state, back, ...
-    assert len(states) >= 5
-    for state, back in zip(states[::2], states[1::2], strict=False):
-        assert state.startswith("t = ") and state.count("\r\n") == int(back) > 1
-        assert max(map(len, state.split("\r\n"))) < 20
-    assert "\x1b" not in "".join(states)  # the cursor was not hidden, nor the screen changed
-    assert states[-1].endswith("\r\ninterrupted\r\n")
-
-
-SCORE = "sample.py --eval --n 8 --k 1,2 --steps 2,4"
+                assert len(tokens) == length
 
 
 def test_eval_table(here, capsys):
-    Path("out/toy/settings.json").write_text('{"data": "data/small"}')
-    rows = figures(SCORE)
+    rows = figures("sample.py --eval --n 8 --k 1,2 --steps 2,4")  # of the data in settings.json
+    assert "scored 304 of 304 tokens of data/small\n" in capsys.readouterr().out
     kinds = ("EDLM-AR", "EDLM-coAR", "EDLM-NCE")
     bounds = {f"{name} T={T} k={k}" for name in kinds for T in (2, 4) for k in (1, 2)}
     joint = {f"{name} joint, log Z {end}" for name in kinds[::2] for end in ("lower", "upper")}
-    joint |= {"EDLM-coAR joint, log Z exact"}
-    plain = {"AR", "MDLM", "MDLM T=2", "MDLM T=4", "EDLM-coAR exact"}
-    floor = rows.pop("language (floor)")
-    assert floor["nats_per_token"] == pytest.approx(data.toy_entropy() / 20)
-    assert set(rows) == bounds | joint | plain
-    shown, nats = capsys.readouterr().out, {name: rows[name]["nats_per_token"] for name in rows}
-    assert "scored 304 of 304 tokens of data/small\n" in shown
+    joint.add("EDLM-coAR joint, log Z exact")
+    exact = {"AR", "EDLM-coAR exact"}
+    assert rows.pop("language (floor)")["nats_per_token"] == pytest.approx(math.log(1440) / 20)
+    assert set(rows) == {"MDLM", "MDLM T=2", "MDLM T=4"} | bounds | joint | exact
+    nats = {name: row["nats_per_token"] for name, row in rows.items()}
     for name, row in rows.items():
-        exact = name in ("AR", "EDLM-coAR exact")
-        assert row["what"] == ("exact" if exact else "estimate" if name in joint else "bound")
-        assert row["perplexity"] == pytest.approx(math.exp(nats[name])) and name in shown
-        assert (row["sequences"], row["tokens"]) == (16, 320)
+        what = "exact" if name in exact else "estimate" if name in joint else "bound"
+        assert row["what"] == what and row["perplexity"] == pytest.approx(math.exp(nats[name]))
         assert ("with_quarter_n" in row) == ("gain" in row) == (name in bounds)
     for name in kinds[::2]:  # log p = ... - log Z: its lower end gives the lower loss
         assert nats[f"{name} joint, log Z lower"] <= nats[f"{name} joint, log Z upper"]
@@ -1861,35 +1468,14 @@ def test_eval_table(here, capsys):
     cost = -ar.log_prob(x).sum(dim=1).double() / 20
     assert nats["AR"] == nats["EDLM-coAR exact"] == pytest.approx(cost.mean().item(), rel=1e-5)
     assert rows["AR"]["standard_error"] == pytest.approx(cost.std().item() / 4, rel=1e-4)
-    # of a run that diverged, inf instead of an overflow
-    with torch.no_grad():
-        ar.head.weight *= 1e7
-    edlm.save_checkpoint("out/toy/ar.pt", ar, tokenizer="toy")
-    assert figures(f"{SCORE} --model ar")["AR"]["perplexity"] == math.inf
 
 
 def test_eval_of_a_text_file(here, capsys):
     Path("val.txt").write_text(TEXT * 2)
-    command = f"{SCORE} --out out/bytes --energy ar --data val.txt"
-    rows = figures(command)
+    (row,) = figures("sample.py --eval --model ar --out out/bytes --data val.txt").values()
     assert "scored 150 of 158 tokens of val.txt\n" in capsys.readouterr().out
-    for row in rows.values():
-        nats = row["nats_per_token"] * 31  # of a block: 30 characters and the end of text
-        assert row["bits_per_byte"] == pytest.approx(nats / 30 / math.log(2))
-    assert rows["AR"]["sequences"] == 5 and "EDLM-NCE T=2 k=1" not in rows
-    assert figures(f"{command} --blocks 3")["AR"]["sequences"] == 3
-    Path("val.txt").write_text("don 't stop @-@ gap , he said . " * 9)
-    plain, undone = (figures(f"{command}{more}") for more in ("", " --detokenize wikitext"))
-    assert undone["AR"]["nats_per_token"] != plain["AR"]["nats_per_token"]
-    Path("val.txt").write_text("too short")  # for a block of 32, but not to be scored
-    rows = figures(command)
-    assert "scored 10 of 10 tokens" in capsys.readouterr().out and rows["AR"]["tokens"] == 11
-
-
-def test_eval_in_one_of_several_processes(here, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert call(f"{SCORE} --data data/small --json rows.json") == 0
-    assert not Path("rows.json").exists()
+    nats = row["nats_per_token"] * 31  # of a block: 30 characters and the end of text
+    assert row["bits_per_byte"] == pytest.approx(nats / 30 / math.log(2))
 
 
 class Outside(torch.nn.Module):
@@ -1906,7 +1492,7 @@ class Outside(torch.nn.Module):
         return SimpleNamespace(logits=self.logits(given))
 
     @staticmethod
-    def logits(ids):  # [B, L] -> [B, L, V]
+    def logits(ids):  # [B, L] -> [B, L, V]: what position i says of token i + 1
         return 3 * torch.sin(ids[:, :, None] + torch.arange(50257) * (1 + ids[:, :, None]))
 
     @classmethod
@@ -1922,130 +1508,45 @@ def outside(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", fake)
 
 
-def test_sample_outside_energy_reads_text(here, outside):
-    tokenizer = data.get_tokenizer("bytes")
-    eot = tokenizer.eot_token
-    candidates = [b"abcdef?", b"abc", bytes([97, 255, 98])]
-    rows = [[eot, *text] + [eot] * (9 - len(text)) for text in candidates]
-    rows[1][6] = ord("z")  # two END_OF_TEXT, and only then the rest
+def assert_outside_energy(tokenizer, rows, read):
+    """The energy of rows of our tokens is log q minus log p of the ids that the model reads."""
     lm = sample.OutsideLM("any", sample.Run({}, None, tokenizer, torch.device("cpu")))
-    log_q = torch.tensor([[-1.0, -2.0, -3.0]])
-    x_t = torch.full((1, 10), eot + 1)
-    E = lm.energy(torch.tensor([rows]), x_t, log_q)
-    end = 50256
-    read = [
-        [0, ord("a"), ord("c"), ord("e"), ord("?"), end],
-        [0, ord("a"), ord("c"), end, end, ord("z"), end, end],
-        [0, ord("a"), ord("b"), *[end] * 5],
-    ]
-    expected = torch.tensor(
-        [[q + Outside.cost(ids) for q, ids in zip(log_q[0], read, strict=True)]]
+    candidates, log_q = torch.tensor([rows]), -torch.arange(1.0, 1 + len(rows))[None]
+    E = lm.energy(candidates, torch.full_like(candidates[:, 0], tokenizer.n_vocab), log_q)
+    cost = torch.tensor([[Outside.cost(ids) for ids in read]])
+    torch.testing.assert_close(E, log_q + cost, rtol=1e-4, atol=1e-3)
+
+
+def test_sample_outside_energy_reads_text(outside):
+    """END_OF_TEXT inside becomes the model's own; the one that ends the block is not scored."""
+    eot, end = 256, 50256
+    assert_outside_energy(
+        data.get_tokenizer("bytes"),
+        rows=[
+            [eot, *b"abcdef?", eot],
+            [eot, *b"abc", eot, eot, *b"zz", eot],
+            [eot, 97, 255, *b"bcdef", eot],
+        ],
+        read=[[0, *b"ace?"], [0, *b"ac", end, end, *b"z"], [0, *b"abdf"]],
     )
-    torch.testing.assert_close(E, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_sample_outside_energy_passes_gpt2_ids(outside, monkeypatch):
-    try:
-        tokenizer = data.get_tokenizer("gpt2")
-    except ValueError as error:
-        pytest.skip(str(error))
-
-    def forward(self, given, add_special_tokens=True):
-        if isinstance(given, str):
-            return {"input_ids": data.encode(tokenizer, given)}
-        return SimpleNamespace(logits=self.logits(given))
-
-    monkeypatch.setattr(Outside, "forward", forward)
-    lm = sample.OutsideLM("any", sample.Run({}, None, tokenizer, torch.device("cpu")))
-    # no text has these ids: " a", "b" would be another token
-    candidates = torch.tensor([[[50256, 257, 65, 50256, 50256], [50256, 40000, 3, 7, 50256]]])
-    E = lm.energy(candidates, candidates[:, 0], torch.zeros(1, 2))
-    expected = [Outside.cost(ids) for ids in candidates[0].tolist()]
-    torch.testing.assert_close(E, torch.tensor([expected]), rtol=1e-4, atol=1e-3)
+def test_sample_outside_energy_passes_gpt2_ids(outside, gpt2, monkeypatch):
+    """Where both sides have GPT-2's tokenizer. No text has these ids: " a", "b" is another token"""
+    monkeypatch.setattr(sample.OutsideLM, "encode", lambda self, text: data.encode(gpt2, text))
+    rows = [[50256, 257, 65, 50256, 50256], [50256, 40000, 3, 7, 50256]]
+    assert_outside_energy(gpt2, rows, read=rows)
 
 
-def test_sample_and_eval_with_an_outside_model(here, outside, capsys, monkeypatch):
+def test_sample_and_eval_with_an_outside_model(here, outside):
     (row,) = figures("sample.py --energy hf:any --judge any --num 2 --steps 2 --k 2").values()
     assert row["name"] == "EDLM-hf T=2 k=2" and 1 <= row["ess"] <= 2
-    read = [[0, *(ord(character) for character in text[::2])] for text in row["texts"]]
+    read = [[0, *map(ord, text[::2])] for text in row["texts"]]
     tokens = sum(len(ids) - 1 for ids in read)
     perplexity = math.exp(sum(map(Outside.cost, read)) / tokens)
     assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-3)
     rows = figures("sample.py --eval --data data/small --energy hf:any --steps 2 --k 2 --n 2")
     assert rows["EDLM-hf T=2 k=2"]["gain"] != 0
-    short = SimpleNamespace(vocab_size=50257, max_position_embeddings=10)
-    monkeypatch.setattr(Outside, "config", short)
-    refuses(capsys, "sample.py --energy hf:any --num 2", "any reads 10")
-    # the judge reads as much of each text as it can
-    (row,) = figures("sample.py --energy none --judge any --num 2").values()
-    read = [[0, *(ord(character) for character in text[:18:2])] for text in row["texts"]]
-    perplexity = math.exp(sum(map(Outside.cost, read)) / 18)
-    assert row["judge_perplexity"] == pytest.approx(perplexity, rel=1e-3)
-
-
-def test_sample_outside_energy_of_a_real_causal_lm(tmp_path):
-    """A random GPT-2 of the package transformers, whose own loss shifts tokens against logits."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: i for i, character in enumerate([*alphabet, "<end>"])}
-    byte_level = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    own = dict(bos_token="<end>", eos_token="<end>")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level, **own)
-    torch.manual_seed(0)
-    shape = dict(vocab_size=257, n_positions=128, n_embd=16, n_layer=1, n_head=2)
-    config = transformers.GPT2Config(initializer_range=0.5, **shape)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    theirs.save_pretrained(tmp_path)
-    model.save_pretrained(tmp_path)
-    tokenizer = data.get_tokenizer("toy")
-    stories = data.toy_stories(3, seed=0)
-    rows = [[tokenizer.eot_token, *data.encode(tokenizer, s), tokenizer.eot_token] for s in stories]
-    lm = sample.OutsideLM(str(tmp_path), sample.Run({}, None, tokenizer, torch.device("cpu")))
-    E = lm.energy(torch.tensor([rows]), torch.tensor(rows[:1]), torch.zeros(1, 3))
-    ids = [torch.tensor([[256, *theirs(story)["input_ids"]]]) for story in stories]
-    with torch.no_grad():
-        costs = [model(x, labels=x).loss.item() * (x.shape[1] - 1) for x in ids]
-    assert E[0].tolist() == pytest.approx(costs, rel=1e-4) and len(set(map(len, stories))) > 1
-
-
-WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
-SAMPLE_MISTAKES = [  # arguments of sample.py, and what the message says
-    ("--stepz 4", "unrecognized arguments: --stepz 4"),
-    ("--steps four", "whole number"),
-    ("--k 0", "whole number"),
-    ("--energy nse", "choose none, ar, coar, nce, exact or hf:NAME"),
-    ("--window nan", "window"),
-    ("--watch --compare", "not allowed with"),
-    pytest.param("--device cuda", "no CUDA GPU", marks=WITHOUT_GPU),
-    ("--judge gpt2", "pip install transformers"),
-    ("--prompt 'the boat'", "no word 'the'"),
-    (f"--prompt 'ben{' has' * 19}'", "prompt has 20 tokens, 19 fit"),
-    (f"--infill '{STORY}'", "no gap"),
-    ("--infill ___*99999999999999999999999999", "exceeds the 19 tokens"),
-    ("--infill ___ --model ar", "only diffusion can --infill"),
-    ("--out new", "no checkpoint new/denoiser.pt: run python train.py"),
-    ("--eval --data data/bytes", "holds bytes tokens, out/toy needs toy"),
-    ("--eval --data nothing", "nothing"),
-    ("--eval --data text.txt", "no word 'the'"),
-    ("--eval --n 4 --k 8", "at least 2 and as many as --k"),
-    ("--eval --schedule cosine", "linear"),
-]
-
-
-@pytest.mark.parametrize("arguments, words", SAMPLE_MISTAKES)
-def test_sample_mistakes_end_in_one_line(here, capsys, arguments, words):
-    refuses(capsys, f"sample.py {arguments}", words)
-
-
-def test_sample_refuses_what_does_not_fit(here, capsys):
-    Path("out/toy/settings.json").write_text("{")  # cut
-    refuses(capsys, "sample.py --eval", "give --data FOLDER or FILE")
-    denoiser, _ = edlm.load_checkpoint("out/toy/denoiser.pt")
-    Path("out/odd").mkdir()
-    edlm.save_checkpoint("out/odd/denoiser.pt", denoiser, tokenizer="bytes")
-    refuses(capsys, "sample.py --out out/odd", "has 35 tokens, its tokenizer bytes has 257")
 
 
 SHRUNK = {  # the first pattern that is found in a command says what makes it small
@@ -2065,7 +1566,7 @@ def code_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
-def test_readme_commands_and_help_run(here, outside, monkeypatch, capsys):
+def test_readme_commands_and_help_run(here, monkeypatch, capsys):
     shutil.rmtree("out")
     monkeypatch.setattr(data, "make_toy", partial(data.make_toy, n_train=36, n_val=16))
     lines = re.sub(r" #.*|\\\n", "", "\n".join(code_blocks("bash")))
@@ -2074,21 +1575,14 @@ def test_readme_commands_and_help_run(here, outside, monkeypatch, capsys):
     commands += {command for command in inline if "hf:" not in command}
     for name in re.findall(r"\S+\.txt\b", "\n".join(commands)):
         Path(name).write_text(TEXT * 40)
-    with zipfile.ZipFile("text8.zip", "w") as archive:
-        archive.writestr("text8", "the quick brown fox jumps over the lazy dog " * 600)
-    with tarfile.open("archive.tar", "w") as archive:
-        for i in range(40):
-            archive.add("text.txt", f"{i}.txt")
+    Path("text8.zip").write_bytes(zip_of("the quick brown fox jumps over the lazy dog " * 600))
+    Path("archive.tar").write_bytes(archive([TEXT] * 40))
     assert len(commands) > 10
     for command in commands:
         more = next(flags for pattern, flags in SHRUNK.items() if re.search(pattern, command))
         assert call(f"{command} {more}") == 0, (command, capsys.readouterr().err)
-    assert call("train.py --help") == call("data.py --help") == 0
-    capsys.readouterr()
-    monkeypatch.setenv("COLUMNS", "100")
-    assert call("sample.py --help") == 0
-    text = capsys.readouterr().out
-    assert "--energy" in text and max(map(len, text.splitlines())) <= 100
+    for script in ("data.py", "train.py", "sample.py"):
+        assert call(f"{script} --help") == 0
 
 
 def test_readme_python_runs_and_links_exist(here, capsys):
@@ -2102,7 +1596,28 @@ def test_readme_python_runs_and_links_exist(here, capsys):
     assert "edlm" in runpy.run_path("page.py") and capsys.readouterr().out
 
 
-# ---------------------------------------------- published weights
+def test_readme_pictures_are_drawn(here, monkeypatch):
+    """All but the hero's step, which takes a trained energy to be found: another stands for it."""
+    monkeypatch.syspath_prepend(str(ROOT / "assets"))
+    figures = importlib.import_module("figures")
+    shutil.copytree(ROOT / "assets", "assets")
+    monkeypatch.setattr(figures, "__file__", str(Path("assets/figures.py").absolute()))
+    table = "--compare --steps 2,inf --k 4,16 --num 2 --json out/compare.json"
+    assert call(f"sample.py {table}") == 0
+    story = figures.toy_block(data.get_tokenizer("toy"), figures.STORY)[0]
+    step = story, story.repeat(4, 1), torch.tensor([-1.0, 3.0, 0.5, 2.0]), 0
+    monkeypatch.setattr(figures, "draw_step", lambda models, tokenizer: step)
+    for path in Path("assets").glob("*.svg"):
+        path.unlink()
+    figures.main()
+    names = {path.name for path in Path("assets").glob("*.svg")}
+    shown = re.findall(r"\(assets/(\w+\.svg)\)", (ROOT / "README.md").read_text())
+    assert names == set(shown) and len(shown) == 5
+    for name in names:
+        assert ElementTree.parse(f"assets/{name}").getroot().tag.endswith("svg")
+
+
+# ------------ published weights -------------------------------------------------------------------
 
 
 def published(kind, V=10, d=16, c=6):
@@ -2209,83 +1724,40 @@ class TestTrainImport:
                 assert (log_mu[:, 10:] == -INF).all() or (log_mu[:, 10:] < -1e29).all()
         assert not net.training and not Path("ran").exists()
 
-    def test_other_files_are_refused(self, tmp_path, monkeypatch, capsys):
+    def test_other_files_are_refused_and_nothing_in_a_pickle_runs(
+        self, tmp_path, monkeypatch, capsys
+    ):
         monkeypatch.chdir(tmp_path)
-        safetensors, w = pytest.importorskip("safetensors.torch"), published("denoiser")
-        norm, bias = "backbone.blocks.0.norm1.weight", "backbone.output_layer.linear.bias"
-        files = {
-            "more.bin": w | dict(new=torch.ones(2)),
-            "less.bin": {name: w[name] for name in w if name != norm},
-            "shape.bin": w | {norm: w[norm][:1]},
-            "infinite.bin": w | {bias: w[bias] / 0},
-            "number.bin": w | {norm: 5},
-            "attack.bin": w | dict(new=Attack()),
-            "cut.bin": w,
-        }
-        for path, content in files.items():
-            torch.save(content, path)
-        safetensors.save_file(w, "whole.safetensors")
-        whole = Path("whole.safetensors").read_bytes()
-        Path("lie.safetensors").write_bytes(whole.replace(b"[11,16]", b"[99,99]", 1))
-        shutil.copy("whole.safetensors", "cut.safetensors")
-        for cut in ("cut.bin", "cut.safetensors"):
-            os.truncate(cut, os.path.getsize(cut) // 2)
-        for path in (*files, "lie.safetensors", "cut.safetensors", "none.bin"):
+        w = published("denoiser")
+        torch.save(dict(w, new=Attack()), "attack.bin")
+        del w["backbone.blocks.0.norm1.weight"]
+        torch.save(w, "less.bin")
+        pytest.importorskip("safetensors.torch").save_file(w, "cut.safetensors")
+        os.truncate("cut.safetensors", 3000)
+        for path in ("attack.bin", "less.bin", "cut.safetensors"):
             refuses(capsys, f"train.py --import {path} --out new", f"{path} is no published")
         assert not Path("ran").exists()
-        refuses(capsys, "train.py --import whole.safetensors --out new", "made with vocab_size 10,")
-        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-        refuses(capsys, "train.py --import whole.safetensors --out new", "pip install safetensors")
+        torch.save(published("denoiser"), "small.bin")
+        refuses(capsys, "train.py --import small.bin --out new", "made with vocab_size 10,")
 
-    def test_published_weights_become_a_run(self, tmp_path, monkeypatch, capsys):
-        """An energy is trained on top, a stage is fine-tuned by its name, and the run resumes."""
+    def test_published_weights_become_a_run(self, gpt2, tmp_path, monkeypatch, capsys):
+        """An energy is trained on top, a stage is fine-tuned by its name, and the run is scored."""
         monkeypatch.chdir(tmp_path)
-        for kind in edlm.KINDS:
-            torch.save(published(kind, V=50257), f"{kind}.bin")
         for split in ("train", "val"):
             np.arange(2000, dtype="<u2").tofile(f"{split}.bin")  # as nanoGPT has them
         command = "train.py --out new --block_size 12 --data . --import"
-        refuses(capsys, f"{command} energy.bin", "no checkpoint new/denoiser.pt")
         for kind in edlm.KINDS:
+            torch.save(published(kind, V=50257), f"{kind}.bin")
             assert call(f"{command} {kind}.bin") == 0
             refuses(capsys, f"{command} {kind}.bin", f"new/{kind}.pt exists: --overwrite")
-        before = {stage: edlm.load_checkpoint(f"new/{stage}.pt")[0] for stage in edlm.KINDS}
-        finished = snapshot()
+        before, finished = edlm.load_models("new", edlm.KINDS)[0]["ar"], snapshot()
         assert call("train.py --resume --out new") == 0 and snapshot() == finished
         assert call(f"train.py --stage energy --out new --overwrite {SHORT}") == 0
-        edlm.load_models("new", edlm.KINDS)  # fit together
         assert call(f"train.py --stage ar --resume --out new --lr 1e-7 {SHORT}") == 0
-        assert saved("new", "ar")["training"]["step"] == 6
-        tuned, _ = edlm.load_checkpoint("new/ar.pt")
-        for a, b in zip(tuned.parameters(), before["ar"].parameters(), strict=True):
+        tuned = edlm.load_models("new", edlm.KINDS)[0]["ar"]  # all three fit together
+        for a, b in zip(tuned.parameters(), before.parameters(), strict=True):
             assert not torch.equal(a, b) and torch.allclose(a, b, atol=1e-5)
-        try:
-            data.get_tokenizer("gpt2")
-        except ValueError:
-            pytest.skip("no GPT-2 vocabulary at hand to score the run: set TIKTOKEN_CACHE_DIR")
-        more = "--blocks 2 --k 1,2 --steps 2 --n 2"
-        assert call(f"sample.py --eval --data . --out new {more}") == 0
-
-
-def test_readme_pictures_are_drawn(here, monkeypatch):
-    """All but the hero's step, which takes a trained energy to be found: another stands for it."""
-    monkeypatch.syspath_prepend(str(ROOT / "assets"))
-    figures = importlib.import_module("figures")
-    shutil.copytree(ROOT / "assets", "assets")
-    monkeypatch.setattr(figures, "__file__", str(Path("assets/figures.py").absolute()))
-    table = "--compare --steps 2,inf --k 4,16 --num 2 --json out/compare.json"
-    assert call(f"sample.py {table}") == 0
-    story = figures.toy_block(data.get_tokenizer("toy"), figures.STORY)[0]
-    step = story, story.repeat(4, 1), torch.tensor([-1.0, 3.0, 0.5, 2.0]), 0
-    monkeypatch.setattr(figures, "draw_step", lambda models, tokenizer: step)
-    for path in Path("assets").glob("*.svg"):
-        path.unlink()
-    figures.main()
-    names = {path.name for path in Path("assets").glob("*.svg")}
-    shown = re.findall(r"\(assets/(\w+\.svg)\)", (ROOT / "README.md").read_text())
-    assert names == set(shown) and len(shown) == 5
-    for name in names:
-        assert ElementTree.parse(f"assets/{name}").getroot().tag.endswith("svg")
+        assert call("sample.py --eval --data . --out new --blocks 4 --k 2 --steps 2 --n 2") == 0
 
 
 # ------------ 4. Measurements of speed: ratios in one run to plain references -------------------
@@ -2299,8 +1771,9 @@ SHAPES = {
 PLAIN_STEPS = 8
 
 
-def timed(work, device, repeats=1):
-    """(median seconds, peak GiB on CUDA else 0, result) of work(), which has run once before."""
+def timed(work, device, repeats=5):
+    """(median seconds, peak GiB on CUDA else 0, result) of work(), which runs once before."""
+    work()
     seconds, on_gpu = [], device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -2342,23 +1815,24 @@ def measure_sampling(config, device, batch, steps, k):
     ar = edlm.AutoregressiveLM(config).to(device).eval()
     x = torch.full((batch, config.block_size), config.mask_id, device=device)
     x[:, 0] = 0
-    stop, rows = min(steps, PLAIN_STEPS), []
-    ar_energies = edlm.ARResidual(ar), partial(plain_ar_energy, ar)
-    for name, K, energies in (("MDLM", 1, (None, None)), ("EDLM-AR", k, ar_energies)):
+    few, rows = min(steps, PLAIN_STEPS), []
+    for name, K, energy, plain_energy in (
+        ("MDLM", 1, None, None),
+        ("EDLM-AR", k, edlm.ARResidual(ar), partial(plain_ar_energy, ar)),
+    ):
         settings = dict(mask_id=config.mask_id, k=K)
-        ours = partial(count_events, denoiser, x, energy=energies[0], **settings)
-        plain = partial(edlm.sample_plain, denoiser, x, energy=energies[1], **settings)
-        bare = partial(bare_event, denoiser, ar, x, K)
-        ours(steps=1)  # each runs once before it is timed
-        plain(steps=1)
-        bare()
-        seconds, peak, events = timed(partial(ours, steps=steps), device)
-        some, plain_peak, _ = timed(partial(plain, steps=stop), device)
-        floor, _, _ = timed(bare, device, repeats=5)
+        ours = partial(count_events, denoiser, x, steps=steps, energy=energy, **settings)
+        plain = partial(edlm.sample_plain, denoiser, x, steps=few, energy=plain_energy, **settings)
+        seconds, peak, events = timed(ours, device, repeats=1)
+        some, plain_peak, _ = timed(plain, device, repeats=1)
+        floor, _, _ = timed(partial(bare_event, denoiser, ar, x, K), device)
         row = dict(name=f"{name}, batch {batch}", forwards=events, seconds=seconds)
-        row |= dict(plain=some * steps / stop, ratio=some * steps / stop / seconds)
-        row |= dict(event_ms=1000 * seconds / events, bare_ms=1000 * floor)
-        rows.append(row | (dict(peak_gib=peak, plain_gib=plain_peak) if peak else {}))
+        row["plain"] = some * steps / few
+        row["ratio"] = row["plain"] / seconds
+        row.update(event_ms=1000 * seconds / events, bare_ms=1000 * floor)
+        if peak:
+            row.update(peak_gib=peak, plain_gib=plain_peak)
+        rows.append(row)
     return rows
 
 
@@ -2408,56 +1882,46 @@ def new_run(stage, config, settings, device):
     return train.Run(stage, 10**6, net, average, denoiser, optimizers, {}, net)
 
 
-def measure_training(config, device, batch, optimizer, compile):
+def measure_training(config, device, batch, settings):
     """A step of each stage as train.py makes it, beside a plain one: rows."""
-    settings = train.Settings(optimizer=optimizer, compile=compile)
     x0 = torch.randint(0, config.vocab_size, (batch, config.block_size), device=device)
     rate, rows = train.matmul_rate(device), []
     for stage in train.STAGES:
         run = new_run(stage, config, settings, device)
         adamw = torch.optim.AdamW(run.model.parameters(), lr=3e-4)
-        plain = partial(plain_step, run, adamw, x0)
-        plain()
-        plain_seconds, plain_peak, _ = timed(plain, device, repeats=5)
+        plain_seconds, plain_peak, _ = timed(partial(plain_step, run, adamw, x0), device)
         run = new_run(stage, config, settings, device)
         train.prepare_networks(run, settings, device)
-        ours = partial(train.train_step, run, settings, [x0])
-        ours()
-        seconds, peak, _ = timed(ours, device, repeats=5)
-        train.training_loss(
-            run, run.model, x0
-        ).backward()  # gradients for the optimisers to step on
-        optimizer_seconds, _, _ = timed(partial(optimizer_steps, run), device, repeats=5)
+        seconds, peak, _ = timed(partial(train.train_step, run, settings, [x0]), device)
+        train.training_loss(run, run.model, x0).backward()  # gradients for the optimisers
+        update, _, _ = timed(partial(optimizer_steps, run), device)
         row = dict(name=f"{stage}, batch {batch}", seconds=seconds, plain=plain_seconds)
-        row |= dict(ratio=plain_seconds / seconds, optimizer_share=optimizer_seconds / seconds)
-        row |= dict(tokens_per_s=x0.numel() / seconds)
-        row |= dict(of_matmul=train.operations(stage, config) * x0.numel() / seconds / rate)
-        rows.append(row | (dict(peak_gib=peak, plain_gib=plain_peak) if peak else {}))
+        row.update(ratio=plain_seconds / seconds, optimizer_share=update / seconds)
+        row["tokens_per_s"] = x0.numel() / seconds
+        row["of_matmul"] = train.operations(stage, config) * row["tokens_per_s"] / rate
+        if peak:
+            row.update(peak_gib=peak, plain_gib=plain_peak)
+        rows.append(row)
     return rows
 
 
 def print_table(title, rows):
     print(f"\n{title}\n{'':24}" + "".join(f"{column:>16}" for column in list(rows[0])[1:]))
     for name, *values in (row.values() for row in rows):
-        print(f"{name:24}" + "".join(f"{value:>16,.4g}" for value in values), flush=True)
+        print(f"{name:24}" + "".join(f"{value:>16,.4g}" for value in values))
 
 
 def test_measurements_at_a_tiny_size(monkeypatch, capsys):
-    """Both tables come out, with their ratios; without a choice a step is an event at most."""
+    """Both tables come out, with their ratios; a step is a forward pass at most."""
     tiny = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=30)
     monkeypatch.setitem(SHAPES, "small", tiny)
     sampling, training = main(["--batch", "1,2", "--device", "cpu", "--steps", "4"])
-    sampled = [f"{name}, batch {batch}" for batch in (1, 2) for name in ("MDLM", "EDLM-AR")]
-    trained = [f"{stage}, batch {batch}" for batch in (1, 2) for stage in train.STAGES]
-    assert [row["name"] for row in sampling] == sampled
-    assert [row["name"] for row in training] == trained
-    for row in sampling + training:
-        assert row["ratio"] == pytest.approx(row["plain"] / row["seconds"])
-    for row in sampling:
-        assert 1 <= row["forwards"] <= 4 and row["bare_ms"] > 0
+    assert len(sampling) == 2 * 2 and len(training) == 2 * 3
+    assert all(1 <= row["forwards"] <= 4 and row["bare_ms"] > 0 for row in sampling)
     assert all(0 < row["optimizer_share"] and 0 < row["of_matmul"] for row in training)
     text = capsys.readouterr().out
-    assert all(name in text for name in sampled + trained) and text.count("ratio") == 2
+    for row in sampling + training:
+        assert row["ratio"] == pytest.approx(row["plain"] / row["seconds"]) and row["name"] in text
 
 
 @pytest.mark.parametrize("stage", ["denoiser", "ar"])
@@ -2507,13 +1971,14 @@ def main(argv=None):
     add("--device", default="", help="cuda or cpu (default: cuda if there is one)")
     args = parser.parse_args(argv)
     device, config = edlm.pick_device(args.device), edlm.Config(**SHAPES[args.shape])
+    settings = train.Settings(optimizer=args.optimizer, compile=args.compile)
     steps = args.steps or config.block_size
     print(f"{args.shape} on {device}: {config}, {steps} steps, k = {args.k} for EDLM-AR")
     sampling, training = [], []
     for batch in args.batch:
         with edlm.autocast(device):
             sampling += measure_sampling(config, device, batch, steps, args.k)
-        training += measure_training(config, device, batch, args.optimizer, args.compile)
+        training += measure_training(config, device, batch, settings)
     print_table(f"sampling ({PLAIN_STEPS} plain steps timed, scaled to {steps})", sampling)
     print_table(f"training, {args.optimizer} (plain: AdamW)", training)
     return sampling, training
