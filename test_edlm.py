@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections import Counter, defaultdict
@@ -806,12 +807,6 @@ def test_nothing_as_large_as_all_logits_is_held(name, monkeypatch):
 # ------------ 2. Data: toy language, tokenizers, shards, archives, kills, downloads ---------------
 
 
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch):
-    """Waiting for the disk guards against power cuts, which are not tested, and takes time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def gpt2():
     """GPT-2's tokenizer, if its vocabulary is at hand: set TIKTOKEN_CACHE_DIR."""
@@ -828,8 +823,10 @@ def refused(message, call, *args, **options):
     assert "\n" not in str(error.value)
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+def contents(folder="."):
+    """All files in a folder, by their paths in it."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def stream(folder, split):
@@ -846,10 +843,10 @@ def prepare(out, files, source="text", **options):
 
 
 def three_files(folder):
-    """Three source files of 21 documents, each of which has 6 tokens with its END_OF_TEXT."""
+    """Three source files of 21 documents, all different, of 5 bytes and END_OF_TEXT each."""
     paths = [folder / f"{name}.txt" for name in "abc"]
     for path in paths:
-        path.write_text(f"{path.name}\n\n" * 21)
+        path.write_text("\n\n".join(f"{path.stem}{number:04}" for number in range(21)))
     return paths
 
 
@@ -896,8 +893,12 @@ def test_data_blocks_cut_the_stream_and_span_shards(tmp_path):
 
 
 def test_data_folders_that_are_damaged_or_do_not_fit_are_refused(tmp_path):
-    folder = tmp_path / "o"
-    prepare(folder, three_files(tmp_path))
+    folder, paths = tmp_path / "o", three_files(tmp_path)
+    prepare(folder, paths)
+    before = contents(folder)
+    paths[0].write_text(paths[0].read_text().upper())  # another source of the same name and size
+    refused("holds shards of another source", prepare, folder, paths)
+    assert contents(folder) == before
     refused("12 tokens, too few for one block of 15", data.Blocks, folder, "val", 15)
     data.write_shard(folder / "train_000.bin", [np.full(126, 999, data.TOKEN)])
     blocks = data.Blocks(folder, "train", 32)
@@ -1030,7 +1031,7 @@ def test_data_held_back_are_the_last_documents_or_a_tenth_of_the_tokens():
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: no handler of data.py catches it, and nothing is cleaned up after it."""
+    """Stands for SIGKILL: no handler catches it, so nothing is cleaned up after it."""
 
 
 @pytest.mark.parametrize("point, left", [(0, "abc"), (1, "abc"), (2, "bc"), (3, "c"), (4, "c")])
@@ -1064,17 +1065,6 @@ def test_data_killed_at_a_rename_ends_with_the_same_bytes(tmp_path, monkeypatch,
     assert contents(out) == contents(whole) and read == [*left, "b"]
 
 
-def test_data_of_another_source_is_refused_and_kept(tmp_path):
-    path, out = tmp_path / "a.txt", tmp_path / "o"
-    path.write_text("a\n\nb\n\nc")
-    prepare(out, [path])
-    before = contents(out)
-    refused("another source", prepare, out, [path], tokenizer="toy")
-    path.write_text("A\n\nb\n\nc")  # of the same name and size
-    refused("another source", prepare, out, [path])
-    assert contents(out) == before
-
-
 def test_data_is_downloaded_again_if_damaged_and_never_if_complete(tmp_path):
     path, out = tmp_path / "s0.tar", tmp_path / "o"
     download = partial(prepare, out, [path.as_uri()], "openwebtext", val_docs=3)  # no server needed
@@ -1096,8 +1086,7 @@ def test_data_run_hides_no_fault():
 # ------------ 3. The scripts, as a user meets them ------------------------------------------------
 
 ROOT = Path(__file__).parent
-SHORT = "--batch_size 8 --max_steps 6 --warmup_steps 2 --eval_blocks 16 "
-SHORT += "--log_every 1 --save_every 2"
+SHORT = "--batch_size 8 --max_steps 6 --warmup_steps 2 --log_every 1 --save_every 2"
 SMALL = f"{SHORT} --n_layer 1 --n_embd 16 --n_head 2 --dropout 0.1"
 FRESH = f"train.py --data data/small --out new {SMALL}"
 RESUME = "train.py --resume --out out/toy"
@@ -1107,7 +1096,7 @@ TEXT = "the cat sat on the mat, and the dog sat on the log. it was warm; nobody 
 def call(command):
     """Exit code of a command line that starts with the name of a script, run on the CPU.
 
-    Only there are results equal to the bit. And a process that has used CUDA cannot be forked.
+    Only there are results equal to the bit.
     """
     script, *argv = shlex.split(command)
     main = {"train.py": train.main, "sample.py": sample.main, "data.py": data.main}[script]
@@ -1142,10 +1131,6 @@ def here(tmp_path, runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
 
 
-def snapshot():
-    return {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-
-
 def saved(out, stage):
     """All that a stage wrote, but for the speeds in its log."""
     content = torch.load(f"{out}/{stage}.pt", weights_only=True)
@@ -1158,13 +1143,13 @@ def saved(out, stage):
 
 def refuses(capsys, command, words):
     """One plain line on stderr that has the words, exit code 2, nothing changed on disk."""
-    before = snapshot()
+    before = contents()
     capsys.readouterr()
     code, error = call(command), capsys.readouterr().err.split("\r")[-1]  # after a progress bar
     lines = [line for line in error.split("\n") if line and "%|" not in line]
     assert code == 2 and len(lines) == 1 and len(error) < 400, (code, error)
     assert lines[0].startswith("error: ") and re.search(words, error), error
-    assert before == snapshot()
+    assert before == contents()
 
 
 @pytest.mark.parametrize(
@@ -1199,72 +1184,62 @@ def test_train_and_sample_refuse_damaged_files_and_other_denoisers(here, capsys)
     refuses(capsys, "sample.py --energy nce", "energy.pt corrects another denoiser")
 
 
-FULL = OSError(28, "No space left on device")
-
-
-def interrupted(command, where, n, act):
-    """Runs a command whose n-th call of `where` first sends a signal to itself, or fails."""
-    torch.set_num_threads(1)  # as many as in the test, so that sums are the same to the bit
-    module, name = where.split(".")
-    module = sys.modules[module]
-    real, calls = getattr(module, name), itertools.count(1)
-
-    def patched(*args):
-        if next(calls) == n:
-            if isinstance(act, OSError):
-                raise act
-            os.kill(os.getpid(), act)
-        return real(*args)
-
-    setattr(module, name, patched)
-    sys.exit(call(command))
-
-
-def start(*arguments):
-    """A process that does the above. With a GPU, torch's threads would not survive a fork."""
-    context = torch.multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    process = context.Process(target=interrupted, args=arguments)
-    process.start()
-    return process
-
-
 class TestTrain:
     """train.py as its user meets it: settings, exact resume, processes, logs."""
 
     def test_settings_of_the_run_are_kept_and_flags_win(self, here):
-        before, log = snapshot(), saved("out/toy", "ar")["log"]
-        assert call(RESUME) == 0 and snapshot() == before  # all is finished
+        before, log = contents(), saved("out/toy", "ar")["log"]
+        assert call(RESUME) == 0 and contents() == before  # all is finished
         assert call(f"{RESUME} --stage ar --max_steps 8 --lr 0.001") == 0
-        longer, path = saved("out/toy", "ar")["log"], Path("out/toy/settings.json")
+        longer, path = saved("out/toy", "ar")["log"], "out/toy/settings.json"
         assert longer[: len(log)] == log
         assert [row["step"] for row in longer[len(log) :]] == [7, 8, 8]
         settings = json.loads(before[path])
         settings.update(denoiser_steps=8, ar_steps=8, energy_steps=8, lr=0.001)
-        assert settings == json.loads(path.read_text())
+        assert settings == json.loads(contents()[path])
 
     @pytest.mark.parametrize(
-        "stage, where, n, act, ends, words",
+        "stage, module, name, act, ends, words",
         [
-            ("energy", "torch.save", 2, signal.SIGKILL, -9, ""),
-            ("denoiser", "train.train_step", 4, signal.SIGINT, 130, "--resume --out new"),
-            ("ar", "torch.save", 2, FULL, 2, "could not write .*No space left"),
+            ("energy", torch, "save", Killed(), None, ""),
+            ("denoiser", train, "train_step", signal.SIGINT, 130, "--resume --out new"),
+            ("ar", torch, "save", OSError(28, "disk full"), 2, "could not write .*disk full"),
         ],
     )
     def test_stopped_and_resumed_is_bit_identical(
-        self, here, capfd, stage, where, n, act, ends, words
+        self, here, capsys, monkeypatch, stage, module, name, act, ends, words
     ):
+        """The third call of a function fails, or sends a signal to this process."""
         shutil.copytree("out/toy", "new")
         Path(f"new/{stage}.pt").unlink()
-        process = start(f"{FRESH} --stage {stage}", where, n, act)
-        process.join()
-        assert process.exitcode == ends and re.search(words, capfd.readouterr().err)
-        assert ends == -9 or not list(Path("new").glob("*.tmp"))
+        real, calls, code = getattr(module, name), itertools.count(1), None
+
+        def patched(*args):
+            if next(calls) == 3:
+                if isinstance(act, BaseException):
+                    raise act
+                os.kill(os.getpid(), act)
+            return real(*args)
+
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(module, name, patched)
+            code = call(f"{FRESH} --stage {stage}")
+        assert code == ends and re.search(words, capsys.readouterr().err)
+        assert code is None or not list(Path("new").glob("*.tmp"))
         with open(f"new/{stage}.jsonl", "a") as log:
             log.write('{"step": 5, "tok')  # half a row, as a buffer would leave
         assert call(f"train.py --resume --out new --stage {stage}") == 0
         resumed, whole = (saved(out, stage) for out in ("new", "out/toy"))
         dump = partial(json.dumps, default=torch.Tensor.tolist)
         assert hash(dump(resumed)) == hash(dump(whole))  # pytest would print a megabyte of texts
+
+    def test_trains_outside_the_main_thread(self, here):
+        thread = threading.Thread(target=call, args=[FRESH])
+        thread.start()
+        thread.join()
+        for stage in train.STAGES:  # sums may be cut into other parts there
+            rows = zip(saved("new", stage)["log"], saved("out/toy", stage)["log"], strict=True)
+            assert all(row == pytest.approx(other, rel=1e-3) for row, other in rows)
 
     def test_a_run_that_diverges_keeps_its_checkpoint(self, here, capsys, monkeypatch):
         content, real = Path("out/toy/ar.pt").read_bytes(), train.training_loss
@@ -1326,6 +1301,12 @@ class TestTrain:
         assert call(f"{argv} --max_steps 3 --micro_batch 2 --out cut") == 0
         rows = [saved(out, "ar")["log"][-2] for out in ("cut", "new")]
         assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+    def test_every_micro_batch_has_its_own_random_numbers(self, here, monkeypatch):
+        seeds, real = set(), torch.manual_seed
+        monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.add(seed), real(seed)))
+        assert call(f"{FRESH} --stage ar --micro_batch 2") == 0
+        assert len(seeds) == 1 + 6 * 4  # the weights and the validation have seed 0
 
     @pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 128)])
     def test_muon_is_torchs_but_for_rounding(self, shape):
@@ -1411,19 +1392,14 @@ def test_sample_figures_of_every_energy(here, capsys, monkeypatch, energy):
 
 
 def test_sample_settings_and_seeds_decide_what_is_drawn(here):
-    default, nce = figures("sample.py --num 4"), "EDLM-NCE T=2 k=16"
-    assert list(default) == ["MDLM T=2", nce]
-    for flag in ("--window 0.5", "--schedule cosine"):
-        changed = figures(f"sample.py --num 4 --energy nce {flag}")
+    command, nce = "sample.py --num 4", "EDLM-NCE T=2 k=16"
+    default, again = figures(command), figures(command)
+    assert list(default) == ["MDLM T=2", nce] and again[nce]["tokens"] == default[nce]["tokens"]
+    for flag in ("--seed 1", "--window 0.5", "--schedule cosine"):
+        changed = figures(f"{command} --energy nce {flag}")
         assert changed[nce]["tokens"] != default[nce]["tokens"]
-    command = "sample.py --compare --steps 2,inf --k 2,3 --num 2 --seed"
-    rows, again, other = (figures(f"{command} {seed}") for seed in (3, 3, 4))
-    for name, row in rows.items():
-        assert row["tokens"] == again[name]["tokens"] != other[name]["tokens"]
+    rows = figures("sample.py --compare --steps inf --k 2 --num 2")
     assert rows["AR"]["passes_in_turn"] == rows["MDLM T=inf"]["passes_in_turn"] == 20
-    Path("out/toy/ar.pt").unlink()
-    Path("out/toy/energy.pt").unlink()
-    assert list(figures("sample.py --num 1")) == ["MDLM T=2"]
 
 
 def test_sample_keeps_what_is_given(here):
@@ -1538,6 +1514,33 @@ def test_sample_outside_energy_passes_gpt2_ids(outside, gpt2, monkeypatch):
     assert_outside_energy(gpt2, rows, read=rows)
 
 
+def test_sample_outside_energy_of_a_real_causal_lm(tmp_path):
+    """A random GPT-2 of the package transformers, whose own loss shifts tokens against logits."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate([*alphabet, "<end>"])}
+    byte_level = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    byte_level.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = dict(bos_token="<end>", eos_token="<end>")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level, **own)
+    torch.manual_seed(0)
+    shape = dict(vocab_size=257, n_positions=128, n_embd=16, n_layer=1, n_head=2)
+    config = transformers.GPT2Config(initializer_range=0.5, **shape)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    tokenizer = data.get_tokenizer("toy")
+    stories = data.toy_stories(3, seed=0)
+    rows = [[tokenizer.eot_token, *data.encode(tokenizer, s), tokenizer.eot_token] for s in stories]
+    lm = sample.OutsideLM(str(tmp_path), sample.Run({}, None, tokenizer, torch.device("cpu")))
+    E = lm.energy(torch.tensor([rows]), torch.tensor(rows[:1]), torch.zeros(1, 3))
+    ids = [torch.tensor([[256, *theirs(story)["input_ids"]]]) for story in stories]
+    with torch.no_grad():
+        costs = [model(x, labels=x).loss.item() * (x.shape[1] - 1) for x in ids]
+    assert E[0].tolist() == pytest.approx(costs, rel=1e-4) and len(set(map(len, stories))) > 1
+
+
 def test_sample_and_eval_with_an_outside_model(here, outside):
     (row,) = figures("sample.py --energy hf:any --judge any --num 2 --steps 2 --k 2").values()
     assert row["name"] == "EDLM-hf T=2 k=2" and 1 <= row["ess"] <= 2
@@ -1622,21 +1625,25 @@ def test_readme_pictures_are_drawn(here, monkeypatch):
 
 def published(kind, V=10, d=16, c=6):
     """Random weights, all of them, under the published names and in their order."""
-    block = dict(norm1=[d], attn_qkv=[3 * d, d], attn_out=[d, d], norm2=[d])
-    block |= {"mlp.0": [4 * d, d], "mlp.2": [d, 4 * d], "adaLN_modulation": [6 * d, c]}
-    last = dict(norm_final=[d], linear=[V + 1, d], adaLN_modulation=[2 * d, c])
+    block = {"norm1": [d], "attn_qkv": [3 * d, d], "attn_out": [d, d], "norm2": [d]}
+    block.update({"mlp.0": [4 * d, d], "mlp.2": [d, 4 * d], "adaLN_modulation": [6 * d, c]})
     shapes = {"vocab_embed": [V + 1, d], "sigma_map.mlp.0": [c, 256], "sigma_map.mlp.2": [c, c]}
-    shapes |= {f"blocks.{i}.{name}": block[name] for i in (0, 1) for name in block}
-    shapes |= {f"output_layer.{name}": last[name] for name in last}
+    for i in (0, 1):
+        shapes.update({f"blocks.{i}.{name}": shape for name, shape in block.items()})
+    shapes["output_layer.norm_final"] = [d]
+    shapes["output_layer.linear"] = [d, d] if kind == "energy" else [V + 1, d]
+    shapes["output_layer.adaLN_modulation"] = [2 * d, c]
     if kind == "energy":
-        shapes |= {"output_layer.linear": [d, d], "vocab_proj": [d, 2 * d]}
-        shapes |= {"energy_head.0": [d, d], "energy_head.2": [1, d]}
-    w, g = {"rotary_emb.inv_freq": 10000 ** -(torch.arange(4) / 4)}, seeded(0)
-    for name in [name for name in shapes if kind != "ar" or not re.search("sigma|adaLN", name)]:
-        w[f"{name}.weight"] = torch.randn(shapes[name], generator=g) / 4
+        shapes.update({"vocab_proj": [d, 2 * d], "energy_head.0": [d, d], "energy_head.2": [1, d]})
+    w, g = {"backbone.rotary_emb.inv_freq": 10000 ** -(torch.arange(4) / 4)}, seeded(0)
+    for name, shape in shapes.items():
+        if kind == "ar" and re.search("sigma|adaLN", name):
+            continue
+        weight = "embedding" if name == "vocab_embed" else "weight"
+        w[f"backbone.{name}.{weight}"] = torch.randn(shape, generator=g) / 4
         if re.search("mlp|linear|adaLN|proj|head.0", name):
-            w[f"{name}.bias"] = torch.randn(shapes[name][0], generator=g)
-    return {f"backbone.{name.replace('embed.weight', 'embed.embedding')}": w[name] for name in w}
+            w[f"backbone.{name}.bias"] = torch.randn(shape[0], generator=g)
+    return w
 
 
 def unfolded(w, kind, x, x0):
@@ -1721,7 +1728,7 @@ class TestTrainImport:
             else:
                 log_mu = net(x_t, where).log_softmax(dim=1)
                 close(log_mu[:, :10], want[where], atol=1e-6)
-                assert (log_mu[:, 10:] == -INF).all() or (log_mu[:, 10:] < -1e29).all()
+                assert (log_mu[:, 10:] < -1e29).all()
         assert not net.training and not Path("ran").exists()
 
     def test_other_files_are_refused_and_nothing_in_a_pickle_runs(
@@ -1730,10 +1737,10 @@ class TestTrainImport:
         monkeypatch.chdir(tmp_path)
         w = published("denoiser")
         torch.save(dict(w, new=Attack()), "attack.bin")
+        pytest.importorskip("safetensors.torch").save_file(w, "cut.safetensors")
+        os.truncate("cut.safetensors", os.path.getsize("cut.safetensors") // 2)
         del w["backbone.blocks.0.norm1.weight"]
         torch.save(w, "less.bin")
-        pytest.importorskip("safetensors.torch").save_file(w, "cut.safetensors")
-        os.truncate("cut.safetensors", 3000)
         for path in ("attack.bin", "less.bin", "cut.safetensors"):
             refuses(capsys, f"train.py --import {path} --out new", f"{path} is no published")
         assert not Path("ran").exists()
@@ -1750,8 +1757,8 @@ class TestTrainImport:
             torch.save(published(kind, V=50257), f"{kind}.bin")
             assert call(f"{command} {kind}.bin") == 0
             refuses(capsys, f"{command} {kind}.bin", f"new/{kind}.pt exists: --overwrite")
-        before, finished = edlm.load_models("new", edlm.KINDS)[0]["ar"], snapshot()
-        assert call("train.py --resume --out new") == 0 and snapshot() == finished
+        before, finished = edlm.load_models("new", edlm.KINDS)[0]["ar"], contents()
+        assert call("train.py --resume --out new") == 0 and contents() == finished
         assert call(f"train.py --stage energy --out new --overwrite {SHORT}") == 0
         assert call(f"train.py --stage ar --resume --out new --lr 1e-7 {SHORT}") == 0
         tuned = edlm.load_models("new", edlm.KINDS)[0]["ar"]  # all three fit together
@@ -1771,9 +1778,9 @@ SHAPES = {
 PLAIN_STEPS = 8
 
 
-def timed(work, device, repeats=5):
-    """(median seconds, peak GiB on CUDA else 0, result) of work(), which runs once before."""
-    work()
+def timed(work, device, repeats=5, warm_up=None):
+    """(median seconds, peak GiB on CUDA else 0, result) of work(), after a first run or warm_up."""
+    (warm_up or work)()
     seconds, on_gpu = [], device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
@@ -1823,7 +1830,8 @@ def measure_sampling(config, device, batch, steps, k):
         settings = dict(mask_id=config.mask_id, k=K)
         ours = partial(count_events, denoiser, x, steps=steps, energy=energy, **settings)
         plain = partial(edlm.sample_plain, denoiser, x, steps=few, energy=plain_energy, **settings)
-        seconds, peak, events = timed(ours, device, repeats=1)
+        one_step = partial(ours, steps=1)
+        seconds, peak, events = timed(ours, device, repeats=1, warm_up=one_step)
         some, plain_peak, _ = timed(plain, device, repeats=1)
         floor, _, _ = timed(partial(bare_event, denoiser, ar, x, K), device)
         row = dict(name=f"{name}, batch {batch}", forwards=events, seconds=seconds)
