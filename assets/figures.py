@@ -1,7 +1,7 @@
 """Draws the pictures of README.md as SVG files, beside this script.
 
     python train.py
-    python sample.py --compare --steps 2,4,8,16,32,inf --k 4,16 --num 2000 --json out/compare.json
+    python sample.py --compare --steps 2,4,8,16,32,inf --k 2,4,16 --num 2000 --json out/compare.json
     python assets/figures.py        from the root of the repository, in a minute or two
 
 It reads the toy checkpoints in out/toy and the figures in out/compare.json. All seeds are fixed.
