@@ -748,10 +748,13 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
       now has the law p_i.
     - All tokens up to and including the first refusal are revealed. All on their left was kept as
       it was read, so their p_i is the right one.
-    - Each token further right is reused as a draft. Its law is now p_i, so p_i is its new q_i.
+    - Each token further right was tested against a p_i that is now out of date, because a token on
+      its left has been replaced. But it has the law p_i, which is known. So it is a draft of the
+      next round, with this p_i as its q_i.
 
     Given tokens never change. A masked token is drawn without looking at given tokens on its right.
-    For this reason `sample`, which reveals tokens in random order, has another law with T > 1.
+    In `sample`, what one step reveals is given in all later ones, and it may stand to the right of a
+    mask. So with T > 1 `sample` has another law, even for large k.
     `ar` has a method `logits`, as AutoregressiveLM has. Raises ValueError for a masked x[:, 0], a
     model in training mode, and logits that are no distribution.
     """
@@ -801,10 +804,11 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #                      first one, the tokens on U are replaced by x0_U.
 #
 # The joint formula (9) is the paper's, and its tables report it. It is the NELBO (3) with
-# -log p(x0 | x_t) of (4) in place of -log mu. Seen as a chain, it charges each step the share
-# |U| / |S| of -log p(x0 | x_t). The true cost of revealing U is -log of the *marginal* probability
-# of x0_U. If the tokens of S are independent, as under mu, the share equals the true cost on
-# average over U. With an energy they depend on each other, and the share is wrong.
+# -log p(x0 | x_t) of (4) in place of -log mu. It is for many steps: each step reveals one token,
+# and is charged the share 1 / |S| of -log p(x0 | x_t). With T steps, a step may reveal several
+# tokens, and is charged the share |U| / |S|. The true cost of revealing U is -log of the *marginal*
+# probability of x0_U. If the tokens of S are independent, as under mu, the share equals the true
+# cost on average over U. With an energy they depend on each other, and the share is wrong.
 #
 # Example: two fair bits that are always equal. Their entropy is 1 bit. The energy is the best one,
 # so (4) is the data's distribution, and a chain that draws from (4) in each step is exact. With
@@ -818,9 +822,9 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
 #     mean                                              3/4 bit                  1 bit
 #
 # In the middle row, the first bit that is revealed also tells the other one. The joint formula
-# charges 1/2 bit for it, and then nothing for the other one, because it is certain. So it reports
-# 3/4 bit. As T grows, this falls to 1/2 bit. But the mean of -log p is never below the entropy, for
-# any distribution p.
+# charges 1/2 bit for it, and then nothing for the other one, because it is certain. So with
+# T = 2 it reports 3/4 bit. As T grows the middle row becomes certain, and the report falls to 1/2
+# bit, the value of (9). But the mean of -log p is never below the entropy, for any distribution p.
 #
 # The sampler's cost (10) is that of the very law `sample` draws from. Of k candidates, the first is
 # x0 on U with probability mu_U(x0_U), and it is then kept with probability w_1 / (w_1 + ... + w_k).
@@ -869,7 +873,8 @@ def joint_nelbo(
     """The paper's perplexity estimator, equation (9): x0 Long[B, L] -> Float[B], nats per sequence.
 
     This is no bound on any likelihood; the head of this section says why. It is one random draw a
-    row, unbiased except for the error in log Z, for a chain of `steps` steps (None: many steps).
+    row, unbiased except for the error in log Z. steps=None is (9); with a number of steps, a step is
+    charged the share |U| / |S|.
     log_partition says what stands for log Z: the "lower" or the "upper" end of (8) from n draws, or
     "exact", which is 0 and needs no draws: for EDLM-coAR. At small n even "upper" is too low, and
     the perplexity comes out too good: see `log_partition_bounds`. Raises ValueError for another
