@@ -753,7 +753,7 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
       next round, with this p_i as its q_i.
 
     Given tokens never change. A masked token is drawn without looking at given tokens on its right.
-    In `sample`, what one step reveals is given in all later ones, and it may stand to the right of a
+    In `sample`, what one step reveals is given in all later ones, and may stand to the right of a
     mask. So with T > 1 `sample` has another law, even for large k.
     `ar` has a method `logits`, as AutoregressiveLM has. Raises ValueError for a masked x[:, 0], a
     model in training mode, and logits that are no distribution.
@@ -873,8 +873,8 @@ def joint_nelbo(
     """The paper's perplexity estimator, equation (9): x0 Long[B, L] -> Float[B], nats per sequence.
 
     This is no bound on any likelihood; the head of this section says why. It is one random draw a
-    row, unbiased except for the error in log Z. steps=None is (9); with a number of steps, a step is
-    charged the share |U| / |S|.
+    row, unbiased except for the error in log Z. steps=None is (9); with T steps, a step is charged
+    the share |U| / |S|.
     log_partition says what stands for log Z: the "lower" or the "upper" end of (8) from n draws, or
     "exact", which is 0 and needs no draws: for EDLM-coAR. At small n even "upper" is too low, and
     the perplexity comes out too good: see `log_partition_bounds`. Raises ValueError for another
