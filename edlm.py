@@ -875,6 +875,7 @@ def joint_nelbo(
     This is no bound on any likelihood; the head of this section says why. It is one random draw a
     row, unbiased except for the error in log Z. steps=None is (9); with T steps, a step is charged
     the share |U| / |S|.
+
     log_partition says what stands for log Z: the "lower" or the "upper" end of (8) from n draws, or
     "exact", which is 0 and needs no draws: for EDLM-coAR. At small n even "upper" is too low, and
     the perplexity comes out too good: see `log_partition_bounds`. Raises ValueError for another
