@@ -84,7 +84,7 @@ PRESETS = {
         "batch_size": 16,
         "denoiser_steps": 2500,
         "ar_steps": 800,
-        "energy_steps": 3200,
+        "energy_steps": 1600,
         "compile": "no",
     },
     "text8": {  # the width stays 768: the paper's 784 does not divide into 12 heads
