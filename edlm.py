@@ -943,6 +943,8 @@ def sampler_nelbo(
 
 # ------------ 8. Not the method: devices and checkpoints ------------------------------------------
 
+KINDS = {"denoiser": Denoiser, "ar": AutoregressiveLM, "energy": NCEResidual}
+
 
 def pick_device(name: str = "") -> torch.device:
     """torch.device "cuda" or "cpu", by default cuda where there is one; else ValueError."""
@@ -955,9 +957,6 @@ def autocast(device: torch.device):
     """A context: bfloat16 on GPUs that have it in hardware, float32 elsewhere."""
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=native)
-
-
-KINDS = {"denoiser": Denoiser, "ar": AutoregressiveLM, "energy": NCEResidual}
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1179,6 +1179,11 @@ def test_train_and_sample_refuse_damaged_files_and_other_denoisers(here, capsys)
     for path in ("out/bytes/denoiser.pt", "out/bytes/settings.json"):
         os.truncate(path, os.path.getsize(path) // 2)
         refuses(capsys, "train.py --resume --out out/bytes", f"{path} is damaged")
+    path = Path("out/bytes/ar.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # a bit of the weights: only the checksums can tell
+    path.write_bytes(content)
+    refuses(capsys, "sample.py --out out/bytes --model ar", f"{path} is damaged")
     assert call(f"{FRESH} --out out/toy --overwrite --stage denoiser --seed 1") == 0
     refuses(capsys, f"{RESUME} --stage energy --max_steps 8", "energy.pt was made with denoiser")
     refuses(capsys, "sample.py --energy nce", "energy.pt corrects another denoiser")
