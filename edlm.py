@@ -298,8 +298,8 @@ def draw_step(x0: Tensor, steps: int | None = None) -> tuple[Tensor, Tensor, Ten
 
 # ------------ 3. The denoiser and its NELBO -------------------------------------------------------
 
-# Tables of probabilities [N, V] can be huge. They are made ROWS rows at a time: 2048 keep a
-# GPU busy, 64 rows stay in a CPU's cache.
+# Tables of probabilities [N, V] can be huge. They are made ROWS rows at a time: 2048 keep a GPU
+# busy, 64 stay in a CPU's cache.
 ROWS = {"cuda": 2048, "cpu": 64}
 
 
@@ -691,8 +691,7 @@ def sample_states(
     t = torch.ones(len(x), device=x.device)
     in_turn = in_all = torch.zeros(len(x), dtype=torch.long, device=x.device)
     yield SampleState(x, t, torch.full_like(t, math.nan), in_turn, in_all)
-    while times.isfinite().any():
-        unfinished = times.isfinite().any(dim=1)  # Bool[B]
+    while (unfinished := times.isfinite().any(dim=1)).any():  # Bool[B]
         rows = unfinished.nonzero()[:, 0]
         now = times[rows].min(dim=1).values  # [rows]
         U = times[rows] == now[:, None]  # [rows, L]
@@ -768,8 +767,7 @@ def sample_exact(denoiser, ar, x, *, mask_id, generator=None):
     q = probabilities(denoiser(x, S), mask_id)  # [N, V], and mask_id = V
     draft = categorical(q.log(), 1, generator)[0]  # [N, 1]
     passes = passes + S.any(dim=1)
-    while S.any():
-        unfinished = S.any(dim=1)  # Bool[B]
+    while (unfinished := S.any(dim=1)).any():  # Bool[B]
         read = x.masked_scatter(S, draft)[unfinished]
         p = probabilities(ar.logits(read, S[unfinished]), mask_id)  # [N, V]
         passes = passes + unfinished
@@ -846,8 +844,8 @@ def log_partition_bounds(denoiser, energy, x_t: Tensor, *, mask_id: int, n: int)
     mean of A_n is about log Z - c/n, which makes the mean of `upper` about log Z + c/n.
 
     At small n `upper` is no upper bound. If exp(-E) is 1000 for one text in a hundred and 1 for the
-    others, log Z is 2.40. The mean of `upper` is 0.23, 0.89, 2.15, 2.99 and 2.53 for
-    n = 2, 8, 32, 128 and 512. `upper` is +inf for a row in which only one draw has a finite energy.
+    others, log Z is 2.40. The mean of `upper` is 0.23, 0.89, 2.15, 2.99 and 2.53 for n = 2, 8, 32,
+    128 and 512. `upper` is +inf for a row in which only one draw has a finite energy.
     Raises ValueError for n < 2 and for energies that `check_energies` refuses.
     """
     check_eval(denoiser=denoiser, energy=energy)
@@ -906,9 +904,8 @@ def sampler_nelbo(
 
     Why it is an upper bound: by Jensen's inequality, twice. The timetable is random, as in `nelbo`;
     this gap stays. And the mean in (10) is estimated by an average of n terms, whose log is too low
-    on average; this gap closes as n grows. Term i puts x0_U into draw i. Its rivals
-    are the next k - 1 draws, in a circle: for n = 4 and k = 3, the rivals of term 3 are draws 4 and
-    1.
+    on average; this gap closes as n grows. Term i puts x0_U into draw i. Its rivals are the next
+    k - 1 draws, in a circle: for n = 4 and k = 3, the rivals of term 3 are draws 4 and 1.
 
     What it costs: one denoiser pass and 2n energies a row. Raises ValueError unless 1 <= k <= n and
     0 <= window <= 1, for steps < 1, a model in training mode, and energies that `check_energies`

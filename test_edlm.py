@@ -1141,6 +1141,13 @@ def saved(out, stage):
     return content
 
 
+def assert_alike(out, other, rel):
+    """Two runs logged the same, but for rounding. Last comes the loss of the final weights."""
+    for stage in train.STAGES:
+        rows = zip(saved(out, stage)["log"], saved(other, stage)["log"], strict=True)
+        assert all(row == pytest.approx(other_row, rel=rel) for row, other_row in rows)
+
+
 def refuses(capsys, command, words):
     """One plain line on stderr that has the words, exit code 2, nothing changed on disk."""
     before = contents()
@@ -1242,9 +1249,7 @@ class TestTrain:
         thread = threading.Thread(target=call, args=[FRESH])
         thread.start()
         thread.join()
-        for stage in train.STAGES:  # sums may be cut into other parts there
-            rows = zip(saved("new", stage)["log"], saved("out/toy", stage)["log"], strict=True)
-            assert all(row == pytest.approx(other, rel=1e-3) for row, other in rows)
+        assert_alike("new", "out/toy", rel=1e-3)  # sums may be cut into other parts there
 
     def test_a_run_that_diverges_keeps_its_checkpoint(self, here, capsys, monkeypatch):
         content, real = Path("out/toy/ar.pt").read_bytes(), train.training_loss
@@ -1265,9 +1270,7 @@ class TestTrain:
         argv = shlex.split(f"{torchrun} {ROOT}/{command} --device cpu")
         ended = subprocess.run(argv, capture_output=True, text=True)
         assert ended.returncode == 0 and ended.stdout.count("perplexity") == 1, ended.stderr
-        for stage in train.STAGES:  # the last row is the validation loss of the final weights
-            rows = zip(saved("one", stage)["log"], saved("new", stage)["log"], strict=True)
-            assert all(row == pytest.approx(other, rel=2e-3) for row, other in rows)
+        assert_alike("one", "new", rel=2e-3)
 
     @pytest.mark.parametrize(
         "stage, guessing, peak", [("ar", math.log(35), "lr"), ("energy", 2 * BIT, "energy_lr")]
@@ -1992,6 +1995,7 @@ def main(argv=None):
     for batch in args.batch:
         with edlm.autocast(device):
             sampling += measure_sampling(config, device, batch, steps, args.k)
+    for batch in args.batch:  # afterwards: --compile would speed up sampling, too
         training += measure_training(config, device, batch, settings)
     print_table(f"sampling ({PLAIN_STEPS} plain steps timed, scaled to {steps})", sampling)
     print_table(f"training, {args.optimizer} (plain: AdamW)", training)
