@@ -313,7 +313,8 @@ def draw(
     row = dict(seconds_per_text=(time.perf_counter() - begun) / num)
     in_turn = torch.cat([end.in_turn for end in ends])
     row["passes_in_turn"], row["passes_in_turn_error"] = mean_and_error(in_turn)
-    row["passes_in_all"], _ = mean_and_error(torch.cat([end.in_all for end in ends]))
+    in_all = torch.cat([end.in_all for end in ends])
+    row["passes_in_all"], row["passes_in_all_error"] = mean_and_error(in_all)
     ess = torch.cat(ess)
     row["ess"] = ess.nanmean().item() if ess.isfinite().any() else None
     if setting.model == EXACT:  # a token is an accepted draft, or was drawn when one was refused
@@ -489,8 +490,8 @@ class OutsideLM:
 FIGURES = (
     ("", "name", None, ""),
     ("passes in turn", "passes_in_turn", "passes_in_turn_error", ".2f"),
-    ("in all", "passes_in_all", None, ".1f"),
-    ("s alone", "seconds_alone", None, ".2g"),
+    ("in all", "passes_in_all", "passes_in_all_error", ".1f"),
+    ("s alone", "seconds_alone", "seconds_alone_error", ".2g"),
     ("s in batch", "seconds_per_text", None, ".2g"),
     ("valid", "valid_fraction", "valid_fraction_error", ".3f"),
     ("AR ppl", "ar_perplexity", "ar_perplexity_error", ".3f"),
@@ -540,7 +541,8 @@ def measure(args, run: Run, setting: Setting, start: Tensor, num: int, judge) ->
     row.update(steps=setting.steps, k=setting.k, window=setting.window)
     if args.compare:  # the first is not counted: it pays for what happens only once
         took = [draw(run, setting, start, 1, 1, args.seed + i)[1] for i in range(ALONE + 1)]
-        row["seconds_alone"] = sum(figures["seconds_per_text"] for figures in took[1:]) / ALONE
+        seconds = torch.tensor([figures["seconds_per_text"] for figures in took[1:]])
+        row["seconds_alone"], row["seconds_alone_error"] = mean_and_error(seconds)
     batch = args.batch or default_batch(run, len(start))
     watch = Screen(run.tokenizer) if args.watch else None
     x, figures = draw(run, setting, start, num, batch, args.seed, watch)
