@@ -4,7 +4,7 @@
     python sample.py --energy nce --steps 16 --watch   one setting; masks disappear as you look
     python sample.py --energy exact                    EDLM-coAR drawn exactly, in a few passes
     python sample.py --prompt "ben has a black"        continues a text
-    python sample.py --infill "tom has a ___ kite. ___*7 likes the ___ kite."  ___*7: seven tokens
+    python sample.py --infill "tom has a ___ kite. ___*8 likes the ___ kite."  ___*8: eight tokens
     python sample.py --compare --steps 4,8,inf --k 4,16    the figures of every combination
     python sample.py --eval --steps 4,8 --k 4,16           how likely each of them draws real text
 
@@ -535,16 +535,26 @@ def write_rows(args, rows: list[dict]) -> None:
         data.write_json(args.json, {"settings": vars(args), "rows": rows})
 
 
+def time_alone(run: Run, settings: list[Setting], start: Tensor, seed: int) -> Tensor:
+    """Seconds that single texts of every setting take: Float[settings, ALONE].
+
+    The settings take turns, so that a slow moment of the machine does not fall on one of them.
+    """
+    rounds = []
+    for i in data.progress(range(ALONE + 1), desc="one by one", leave=False, delay=1):
+        drawn = [draw(run, setting, start, 1, 1, seed + i) for setting in settings]
+        rounds.append([figures["seconds_per_text"] for _, figures in drawn])
+    return torch.tensor(rounds[1:]).T  # the first round also pays for what happens only once
+
+
 def measure(args, run: Run, setting: Setting, start: Tensor, num: int, judge) -> tuple:
     """Draws from a setting: (texts Long[num, L], what is known of them, as --json has it)."""
     row = dict(name=setting.name, model=setting.model, num=num)
     row.update(steps=setting.steps, k=setting.k, window=setting.window)
-    if args.compare:  # the first is not counted: it pays for what happens only once
-        took = [draw(run, setting, start, 1, 1, args.seed + i)[1] for i in range(ALONE + 1)]
-        seconds = torch.tensor([figures["seconds_per_text"] for figures in took[1:]])
-        row["seconds_alone"], row["seconds_alone_error"] = mean_and_error(seconds)
     batch = args.batch or default_batch(run, len(start))
     watch = Screen(run.tokenizer) if args.watch else None
+    if args.compare and run.device.type == "cuda":  # its first call also pays for the memory
+        draw(run, setting, start, min(num, batch), batch, args.seed)
     x, figures = draw(run, setting, start, num, batch, args.seed, watch)
     row.update(figures)
     texts = [data.decode(run.tokenizer, tokens) for tokens in x.tolist()]
@@ -575,8 +585,12 @@ def draw_all(args, run: Run) -> None:
     settings = list_settings(args, run, load_energies(args, run))
     print(f"{num} texts of every setting on {run.device}\n")
     rows = []
-    for setting in data.progress(settings, disable=not args.compare, leave=False, delay=1):
+    alone = time_alone(run, settings, start, args.seed) if args.compare else None
+    bar = data.progress(settings, disable=not args.compare, leave=False, delay=1)
+    for i, setting in enumerate(bar):
         x, row = measure(args, run, setting, start, num, judge)
+        if args.compare:
+            row["seconds_alone"], row["seconds_alone_error"] = mean_and_error(alone[i])
         rows.append(row)
         write_rows(args, rows)
         if args.compare:
