@@ -1069,6 +1069,13 @@ class Outside(torch.nn.Module):
         return SimpleNamespace(logits=table)  # what position i says of token i + 1
 
 
+def outside_lm(monkeypatch, tokenizer, name="any", model=Outside):
+    """The causal LM called `name`, from a package transformers that reads models by `model`."""
+    fake = SimpleNamespace(AutoTokenizer=Outside, AutoModelForCausalLM=model)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    return sample.OutsideLM(name, sample.Run({}, None, tokenizer, torch.device("cpu")))
+
+
 OURS = [256, *b"abcdef?", 256], [256, *b"abc", 256, 256, *b"zz", 256]
 THEIRS = [0, *b"ace?"], [0, *b"ac", 50256, 50256, *b"z"]  # the end of the block is not scored
 IDS = [50256, 257, 65, 50256], [50256, 40000, 3, 50256]  # " a" and "b": " ab" would be one token
@@ -1080,13 +1087,11 @@ IDS = [50256, 257, 65, 50256], [50256, 40000, 3, 50256]  # " a" and "b": " ab" w
 )
 def test_sample_with_an_outside_energy(here, monkeypatch, name, ours, theirs):
     """It reads text, with an END_OF_TEXT of its own, or GPT-2's ids as they are."""
-    fake = SimpleNamespace(AutoTokenizer=Outside, AutoModelForCausalLM=Outside)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
     tokenizer, log_q = data.get_tokenizer(name), torch.tensor([[-1.0, -2.0]])
     if name == "gpt2":
         encode = staticmethod(partial(data.encode, tokenizer))
         monkeypatch.setattr(sample.OutsideLM, "encode", encode)
-    lm = sample.OutsideLM("any", sample.Run({}, None, tokenizer, torch.device("cpu")))
+    lm = outside_lm(monkeypatch, tokenizer)
     log_p = log_q - lm.energy(torch.tensor([ours]), None, log_q)
     for ids, value in zip(theirs, log_p[0], strict=True):
         table = Outside()(torch.tensor([ids])).logits[0].log_softmax(dim=1)
@@ -1103,19 +1108,17 @@ def test_sample_with_a_real_causal_lm(tmp_path, monkeypatch):
     torch.manual_seed(0)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(initializer_range=0.5, **shape))
     gpt2.save_pretrained(tmp_path)
-    real = transformers.AutoModelForCausalLM
-    fake = SimpleNamespace(AutoTokenizer=Outside, AutoModelForCausalLM=real)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
     tokenizer, stories = data.get_tokenizer("toy"), data.toy_stories(3, seed=0)
-    rows = [[34, *data.encode(tokenizer, story), 34] for story in stories]
-    lm = sample.OutsideLM(str(tmp_path), sample.Run({}, None, tokenizer, torch.device("cpu")))
+    eot = tokenizer.eot_token
+    rows = [[eot, *data.encode(tokenizer, story), eot] for story in stories]
+    real = transformers.AutoModelForCausalLM
+    lm = outside_lm(monkeypatch, tokenizer, str(tmp_path), real)
     E = lm.energy(torch.tensor([rows]), None, torch.zeros(1, 3))
     read = [torch.tensor([[0, *map(ord, story[::2])]]) for story in stories]
     with torch.no_grad():
         costs = [gpt2.eval()(ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in read]
-    assert (
-        E[0].tolist() == pytest.approx(costs, rel=1e-4) and len({len(ids[0]) for ids in read}) > 1
-    )
+    assert E[0].tolist() == pytest.approx(costs, rel=1e-4)
+    assert len({len(ids[0]) for ids in read}) > 1  # so that some are padded
 
 
 SHRUNK = {  # the first pattern that is found in a command says what makes it small
